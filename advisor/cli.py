@@ -1,0 +1,241 @@
+"""The command line: parse, choose a Runner, call the flow, render, exit with the contract's code.
+
+Heavy imports wait inside the commands, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from advisor import __version__
+from advisor.core.errors import AdvisorError, BadQuestion
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from advisor.core.records import Report
+
+# Typer carries Click under a name of its own in recent versions; both raise this for a malformed command line.
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+EXIT_UNFIT = 3
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="mps-advisor",
+    help="How many vLLM engines should share one NVIDIA GPU under CUDA MPS? Measured, not guessed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+
+
+class WorkloadName(StrEnum):
+    serve = "serve"
+    prefill = "prefill"
+    decode = "decode"
+
+
+class Weights(StrEnum):
+    auto = "auto"
+    dummy = "dummy"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="What to print on stdout; progress goes to stderr.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mps-advisor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Example: mps-advisor doctor --gpu 0",
+)
+def doctor(
+    gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Is this machine fit for a live run? One line per finding, with the remedy. Exit 0 fit, 3 unfit."""
+    import json
+
+    from advisor.core import doctor as judge
+    from advisor.report import doctor as text
+    from advisor.shell.inspect import inspect
+
+    checks = judge.judge(inspect(gpu))
+    fit = judge.fit(checks)
+    if format is Format.json:
+        typer.echo(json.dumps(text.as_json(checks, fit), indent=2, ensure_ascii=False))
+    else:
+        _stdout().print(text.table(checks, fit))
+    raise typer.Exit(0 if fit else EXIT_UNFIT)
+
+
+@app.command(
+    epilog="Example: mps-advisor profile --model Qwen/Qwen2.5-0.5B --ctx 1024 (without a GPU: add --replay auto)",
+)
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face id, folder with config.json, or a shipped model name.", metavar="M"),
+    ] = None,
+    ctx: Annotated[int | None, typer.Option(min=1, help="Prompt length in tokens (ISL).", metavar="N")] = None,
+    osl: Annotated[int, typer.Option(min=1, help="Output length in tokens.")] = 128,
+    workload: Annotated[WorkloadName, typer.Option(help="What the requests look like.")] = WorkloadName.serve,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests in flight in total, equal for all candidates.")
+    ] = 256,
+    max_engines: Annotated[int, typer.Option(min=1, help="Never try more engines than this.")] = 8,
+    thread_percentages: Annotated[
+        str, typer.Option(help="auto (100/N, 150/N, 200/N), none, or a list like 40,60.", metavar="auto|none|LIST")
+    ] = "auto",
+    min_gain: Annotated[
+        str, typer.Option(help="What MPS has to bring over the best without it, lower bound included.", metavar="PCT")
+    ] = "10%",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="vLLM's --quantization, fp8 for example.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="vLLM's --kv-cache-dtype.")] = "auto",
+    gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="auto: real weights if they are on this machine; dummy: never.")
+    ] = Weights.auto,
+    out: Annotated[Path | None, typer.Option(help="Run folder for the raw evidence.", metavar="DIR")] = None,
+    vllm: Annotated[
+        str | None, typer.Option(help="How to start vLLM, if not by this Python.", metavar="COMMAND")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, the memory and the minutes; touch no GPU.")
+    ] = False,
+    replay: Annotated[
+        str | None, typer.Option(help="Replay a recorded run instead of measuring.", metavar="auto|DIR")
+    ] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Measure a model on this GPU and decide: how many engines, MPS or not, which thread percentages."""
+    from advisor import profiling
+
+    asked = profiling.Asked(
+        model=model,
+        ctx=ctx,
+        osl=osl,
+        workload=workload.value,
+        concurrency=concurrency,
+        max_engines=max_engines,
+        thread_percentages=_percentages(thread_percentages),
+        min_gain=_share(min_gain, "--min-gain"),
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        gpu=gpu,
+        weights=weights.value,
+        out=out,
+        resume=resume,
+        vllm=vllm,
+    )
+    if dry_run:
+        typer.echo(profiling.plan(asked, as_json=format is Format.json), nl=False)
+        return
+    report = profiling.replayed(asked, replay) if replay is not None else profiling.live(asked, _stderr())
+    _print(report, format)
+    raise typer.Exit(0 if report.recommendation.status == "recommend" else 4)
+
+
+def _print(report: Report, format: Format) -> None:
+    if format is Format.json:
+        from advisor.report.as_json import dumps
+
+        typer.echo(dumps(report))
+        return
+    from advisor.report.terminal import render
+
+    render(report, _stdout())
+
+
+def _percentages(text: str) -> Literal["auto", "none"] | list[int]:
+    match text:
+        case "auto":
+            return "auto"
+        case "none":
+            return "none"
+    try:
+        wanted = [int(word.strip().removesuffix("%").strip()) for word in text.split(",")]
+    except ValueError:
+        raise BadQuestion(
+            f"--thread-percentages is “{text}”; auto, none or whole numbers like 40,60 are expected"
+        ) from None
+    if not all(1 <= percentage <= 100 for percentage in wanted):
+        raise BadQuestion(f"--thread-percentages is “{text}”; each has to be from 1 to 100")
+    return wanted
+
+
+def _share(text: str, option: str) -> float:
+    """“10%” and “0.1” are the same share."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < 10:
+        raise BadQuestion(f"{option} is “{text}”; a share like 10% or 0.1 is expected")
+    return value
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    # When piped, lines are never cut or wrapped at the width of a terminal that is not there.
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 80)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; every failure that a user can act on is one line on stderr."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except AdvisorError as error:
+        typer.echo(f"mps-advisor: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("mps-advisor: interrupted; what was measured is kept, go on with --resume", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except _USAGE_ERROR as error:
+        error.show()
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away; say nothing more
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

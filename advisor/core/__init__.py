@@ -1,0 +1,1 @@
+"""Pure and deterministic: facts in, records out. No I/O, no clock, no environment."""

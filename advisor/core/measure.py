@@ -1,0 +1,180 @@
+"""One load trial's raw evidence as numbers: rates with their interval, latencies, occupation of GPU and CPU.
+
+Nothing is judged here: `validity.judge` decides first whether a trial may count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from advisor.core.histogram import percentile
+from advisor.core.intervals import mean_of_logs, value_of
+from advisor.core.records import LogHistogram, Measurement, Percentiles, RawLoad, RawTrial, Workload
+from advisor.core.workload import turnover_tokens
+
+BLOCKS_MIN = 3
+BLOCKS_MAX = 12
+BLOCK_MIN_S = 1.0
+_DECODE_BLOCKS = 8
+_EDGE_S = 1e-6  # times that differ by less are the same time: sums of bin widths are not exact
+
+Role = Literal["api_server", "engine_core", "load", "advisor", "mps_server"]
+
+
+def measure(raw: RawTrial) -> Measurement:
+    """What a trial of kind "load" says about its window. Depends on differences of times only.
+
+    Raises ValueError for a trial without a window or a workload, or with a block in which nothing arrived;
+    `validity.judge` reports all of these as faults.
+    """
+    if raw.window is None or raw.spec.workload is None:
+        raise ValueError("only a load trial that reached its window can be measured")
+    start, end = raw.window
+    length_s = end - start
+    tokens = tokens_between(raw.loads, start, end)
+    rate = tokens / length_s
+    blocks = block_rates(raw)
+    mean = mean_of_logs(blocks)
+    power_w = _power_w(raw)
+    active_pct = _graphics_active_pct(raw)
+    return Measurement(
+        throughput_tok_per_s=value_of(*mean, centre=rate),
+        requests_per_s=completions_between(raw.loads, start, end) / length_s,
+        blocks_tok_per_s=blocks,
+        log_mean=mean.log_mean,
+        log_se=mean.log_se,
+        dof=len(blocks) - 1,
+        turnovers=tokens / turnover_tokens(raw.spec.workload),
+        window_s=length_s,
+        ttft_ms=_percentiles_ms([load.ttft for load in raw.loads]),
+        itl_ms=_percentiles_ms([load.itl for load in raw.loads]),
+        e2e_ms=_percentiles_ms([load.e2e for load in raw.loads]),
+        sm_active_pct=_sm_active_pct(raw),
+        gpu_idle_pct=None if active_pct is None else min(max(100.0 - active_pct, 0.0), 100.0),
+        tokens_per_joule=tokens / (power_w * length_s) if power_w else None,
+        power_w=power_w,
+        load_cpu_pct=cpu_pct(raw, "load"),
+        engine_core_cpu_pct=main_thread_pct(raw, "engine_core"),
+        api_server_cpu_pct=cpu_pct(raw, "api_server"),
+    )
+
+
+# ---------------------------------------------------------------- events in bins
+
+
+def _sum_between(start_s: float, bin_s: float, counts: Sequence[float], low_s: float, high_s: float) -> float:
+    """Events in [low_s, high_s). A bin that lies partly inside counts by the part that does."""
+    first = max(0, math.floor((low_s - start_s) / bin_s))
+    last = min(len(counts), math.ceil((high_s - start_s) / bin_s))
+    total = []
+    for index in range(first, last):
+        left = start_s + index * bin_s
+        inside = min(high_s, left + bin_s) - max(low_s, left)
+        if inside > 0:
+            total.append(counts[index] * (inside / bin_s))
+    return math.fsum(total)
+
+
+def tokens_between(loads: Sequence[RawLoad], low_s: float, high_s: float) -> float:
+    """Output tokens that arrived in [low_s, high_s), over all the loads given; partial bins by their part."""
+    return math.fsum(_sum_between(load.bins_start_s, load.bin_s, load.tokens, low_s, high_s) for load in loads)
+
+
+def completions_between(loads: Sequence[RawLoad], low_s: float, high_s: float) -> float:
+    """Requests that were answered in full in [low_s, high_s); partial bins by their part."""
+    return math.fsum(_sum_between(load.bins_start_s, load.bin_s, load.completions, low_s, high_s) for load in loads)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def block_count(workload: Workload, tokens: float, length_s: float) -> int:
+    """Into how many equal blocks a window of `length_s` seconds with `tokens` output tokens is cut: 3 to 12.
+
+    As many as can each be one turnover and one second long: within a turnover every request in flight has been
+    replaced, so that the mean rates of neighbouring blocks share little. Steady decode replaces nothing; there
+    a block is an eighth of the window, and at least one second.
+    """
+    if workload.kind == "decode":
+        count = length_s / max(BLOCK_MIN_S, length_s / _DECODE_BLOCKS)
+    else:
+        count = min(tokens / turnover_tokens(workload), length_s / BLOCK_MIN_S)
+    return min(max(math.floor(count + _EDGE_S), BLOCKS_MIN), BLOCKS_MAX)
+
+
+def block_rates(raw: RawTrial) -> list[float]:
+    """Mean output tokens per second in each block of the window, in order. Raises ValueError without a window."""
+    if raw.window is None or raw.spec.workload is None:
+        raise ValueError("a trial that never reached its window has no blocks")
+    start, end = raw.window
+    count = block_count(raw.spec.workload, tokens_between(raw.loads, start, end), end - start)
+    edges = [start + (end - start) * index / count for index in range(count)] + [end]
+    return [tokens_between(raw.loads, low, high) / (high - low) for low, high in pairwise(edges)]
+
+
+# ---------------------------------------------------------------- latencies
+
+
+def _percentiles_ms(histograms: list[LogHistogram]) -> Percentiles | None:
+    p50, p95, p99 = (percentile(histograms, q) for q in (0.50, 0.95, 0.99))
+    if p50 is None or p95 is None or p99 is None:
+        return None
+    return Percentiles(p50=p50 * 1000, p95=p95 * 1000, p99=p99 * 1000)
+
+
+# ---------------------------------------------------------------- GPU and CPU
+
+
+def _gpm_mean_pct(raw: RawTrial, values: Sequence[float]) -> float | None:
+    """Mean of a GPM column over the rows that lie wholly inside the window, weighted by what each row covers."""
+    if raw.gpu is None or raw.window is None:
+        return None
+    start, end = raw.window
+    rows = [
+        (value, interval)
+        for at, interval, value in zip(raw.gpu.gpm_at_s, raw.gpu.gpm_interval_s, values, strict=True)
+        if at - interval >= start - _EDGE_S and at <= end + _EDGE_S and interval > 0
+    ]
+    if not rows:
+        return None
+    return math.fsum(value * interval for value, interval in rows) / math.fsum(interval for _, interval in rows)
+
+
+def _sm_active_pct(raw: RawTrial) -> float | None:
+    return None if raw.gpu is None else _gpm_mean_pct(raw, raw.gpu.sm_active_pct)
+
+
+def _graphics_active_pct(raw: RawTrial) -> float | None:
+    return None if raw.gpu is None else _gpm_mean_pct(raw, raw.gpu.graphics_active_pct)
+
+
+def _power_w(raw: RawTrial) -> float | None:
+    if raw.gpu is None or raw.window is None:
+        return None
+    start, end = raw.window
+    samples = [
+        power
+        for at, power in zip(raw.gpu.at_s, raw.gpu.power_w, strict=True)
+        if power is not None and start <= at <= end
+    ]
+    return math.fsum(samples) / len(samples) if samples else None
+
+
+def cpu_pct(raw: RawTrial, role: Role) -> float | None:
+    """CPU time of the busiest process of a role over the window, in percent of one core; None if none was seen."""
+    return _busiest_pct(raw, [use.cpu_s for use in raw.cpu if use.role == role])
+
+
+def main_thread_pct(raw: RawTrial, role: Role) -> float | None:
+    """CPU time of the busiest main thread of a role over the window, in percent of one core."""
+    seen = [use.main_thread_s for use in raw.cpu if use.role == role]
+    return _busiest_pct(raw, [seconds for seconds in seen if seconds is not None])
+
+
+def _busiest_pct(raw: RawTrial, seconds: Sequence[float]) -> float | None:
+    if raw.window is None or not seconds:
+        return None
+    return max(seconds) / (raw.window[1] - raw.window[0]) * 100

@@ -1,0 +1,147 @@
+"""What `profile` may come to run, for `--dry-run`: the trials, and roughly how long each takes. Pure.
+
+`search.decide` decides for real, from what has been measured. This lists every way it can go.
+The seconds are estimates from one H200 with vLLM 0.26; another machine may be well outside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from advisor.core.model import parameters
+from advisor.core.records import ModelFacts, Protocol, Question, Record, TrialKind, Workload
+from advisor.core.search import MPS_CLIENTS
+from advisor.core.workload import prompt_tokens, turnover_tokens
+
+Span = tuple[float, float]  # shortest, longest
+
+# Observed: 79 to 117 s for the first engine on a bare machine, 26 to 58 s with a warm compile cache.
+FIRST_START_S: Span = (60.0, 120.0)
+LATER_START_S: Span = (30.0, 60.0)
+TEARDOWN_S: Span = (5.0, 10.0)
+NUMERICS_S: Span = (20.0, 120.0)
+# Prompt and output tokens per second, and those times the model's parameters. Observed in closed loops: 28,000
+# (7B) and 81,000 (0.5B) with one engine, 268,000 (0.5B) with four; 0.4e14 to 2.2e14. With some room on both sides.
+SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S = 4e4, 1e14
+FAST_TOK_PER_S, FAST_PARAMETER_TOK_PER_S = 6e5, 3e14
+
+
+class PlannedTrial(Record, frozen=True):
+    """One trial that may be run.
+
+    `engines` None is the number that wins, not known yet; so is a `thread_percentage` that the purpose names.
+    `certain`: it runs unless an earlier one fails; the others depend on what is measured.
+    """
+
+    kind: TrialKind
+    engines: int | None
+    mps: bool
+    thread_percentage: int | None
+    purpose: str
+    certain: bool
+    estimated_s_low: float
+    estimated_s_high: float
+
+
+def trial_plan(
+    question: Question,
+    model: ModelFacts,
+    most_engines_by_memory: int,
+    most_engines_by_cores: int,
+    protocol: Protocol | None = None,
+) -> list[PlannedTrial]:
+    """Every trial that `profile` may run, in order; empty when not even one engine can be placed.
+
+    `most_engines_by_memory` and `most_engines_by_cores` are how many engines fit this GPU and this processor.
+    """
+    most = min(
+        most_engines_by_memory,
+        most_engines_by_cores,
+        question.max_engines,
+        question.workload.concurrency,
+        MPS_CLIENTS,
+    )
+    trial_s = _trial_s(question.workload, model, protocol or Protocol())
+    return list(_trials(question, model, most, trial_s)) if most >= 1 else []
+
+
+def total_s(plan: Sequence[PlannedTrial]) -> Span:
+    """Seconds of the whole profile: the certain trials at their shortest, all of them at their longest."""
+    shortest = sum(trial.estimated_s_low for trial in plan if trial.certain)
+    return shortest, sum(trial.estimated_s_high for trial in plan)
+
+
+def _trials(question: Question, model: ModelFacts, most: int, trial_s: Span) -> Iterator[PlannedTrial]:
+    def load(
+        engines: int | None, purpose: str, *, mps: bool, percentage: int | None = None, certain: bool = False
+    ) -> PlannedTrial:
+        start_s = FIRST_START_S if engines == 1 and not mps else LATER_START_S
+        return _planned("load", engines, mps, percentage, purpose, certain, _sum(start_s, trial_s, TEARDOWN_S))
+
+    yield load(1, "the default engine, which every gain is measured against", mps=False, certain=True)
+    if most >= 2:
+        yield load(2, "what a second engine brings without MPS", mps=False, certain=True)
+        yield load(2, "what MPS adds to that", mps=True, certain=True)
+        for engines in range(3, most + 1):
+            yield load(engines, f"only if engine {engines - 1} added 3 % or more", mps=True)
+        winner = 2 if most == 2 else None
+        if winner is None:
+            yield load(None, "the winning number without MPS, if it is not 2", mps=False)
+        shares = _shares(question, model, winner)
+        if shares:
+            purpose = "are the model's matrix products right under the thread percentages"
+            yield _planned("numerics", None, True, None, purpose, True, NUMERICS_S)
+        for percentage, share in shares:
+            purpose = f"{share} of the threads each, only if the products are right there"
+            yield load(winner, purpose, mps=True, percentage=percentage)
+    yield load(1, "what MPS itself costs", mps=True, certain=True)
+
+
+def _planned(
+    kind: TrialKind, engines: int | None, mps: bool, percentage: int | None, purpose: str, certain: bool, span_s: Span
+) -> PlannedTrial:
+    return PlannedTrial(
+        kind=kind,
+        engines=engines,
+        mps=mps,
+        thread_percentage=percentage,
+        purpose=purpose,
+        certain=certain,
+        estimated_s_low=span_s[0],
+        estimated_s_high=span_s[1],
+    )
+
+
+def _shares(question: Question, model: ModelFacts, winner: int | None) -> list[tuple[int | None, str]]:
+    """The thread percentages to come, in words too; None for one that depends on the winning number of engines."""
+    wanted = question.thread_percentages
+    # The numerics check covers unquantised products only, and unchecked percentages are not tried.
+    if wanted == "none" or model.quantization is not None:
+        return []
+    if wanted == "auto":
+        if winner is None:
+            return [(None, f"{whole}/N %") for whole in (100, 150, 200)]
+        wanted = [whole // winner for whole in (100, 150, 200)]
+    return [(percentage, f"{percentage} %") for percentage in sorted(set(wanted)) if 0 < percentage < 100]
+
+
+def _trial_s(workload: Workload, model: ModelFacts, protocol: Protocol) -> Span:
+    """Seconds of warm-up and window, from the fastest and the slowest rate that is plausible for this model."""
+    fast = min(FAST_TOK_PER_S, FAST_PARAMETER_TOK_PER_S / parameters(model))
+    slow = min(SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S / parameters(model))
+    return _trial_at_s(workload, protocol, fast), _trial_at_s(workload, protocol, slow)
+
+
+def _trial_at_s(workload: Workload, protocol: Protocol, tok_per_s: float) -> float:
+    """Seconds of warm-up and window when prompt and output tokens together pass at `tok_per_s`."""
+    prompts = workload.concurrency * prompt_tokens(workload)
+    # Steady decode reads its prompts once, before the warm-up; the others read new ones with every turnover.
+    once, per_turnover = (prompts, 0) if workload.kind == "decode" else (0, prompts)
+    turnover_s = (per_turnover + turnover_tokens(workload)) / tok_per_s
+    warmup_s = max(protocol.warmup_min_s, protocol.warmup_turnovers * turnover_s)
+    window_s = max(protocol.measure_min_s, protocol.measure_turnovers * turnover_s)
+    return once / tok_per_s + min(warmup_s, protocol.window_max_s) + min(window_s, protocol.window_max_s)
+
+
+def _sum(*spans: Span) -> Span:
+    return sum(span[0] for span in spans), sum(span[1] for span in spans)

@@ -1,0 +1,469 @@
+"""Every type that crosses a stage. Plain frozen data; units in names; what is missing is None, never 0.
+
+Three families, in the order in which data flows:
+
+* facts and questions: `ModelFacts` `GpuFacts` `HostFacts` `Software` `Workload` `Question` `Protocol`
+* what a Runner takes and gives: `TrialSpec` -> `RawTrial` (raw evidence, never an aggregate)
+* what is concluded: `Measurement` `Candidate` `Recommendation` `Report`
+
+Times inside a trial are seconds on one monotonic clock, from the trial's start.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+SCHEMA_VERSION = 1
+
+WorkloadKind = Literal["serve", "prefill", "decode"]
+TrialKind = Literal["load", "numerics"]
+Source = Literal["measured", "predicted", "bound", "vendor"]
+Outcome = Literal["ok", "infeasible", "oom", "crash", "timeout", "not_attached", "wrong_results", "invalid", "skipped"]
+Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused"]
+Status = Literal["recommend", "inconclusive", "infeasible", "no_slo"]
+
+
+class Record(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every record: immutable, and a field that nobody declared is an error, not a silent loss."""
+
+
+# ---------------------------------------------------------------- facts and questions
+
+
+class ModelFacts(Record, frozen=True):
+    """A dense decoder's shape. Sizes are element counts; `config` is the config.json it was read from."""
+
+    name: str
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    max_context: int
+    dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
+    weights: Literal["real", "dummy"]
+    config: dict[str, Any]
+
+
+class GpuFacts(Record, frozen=True):
+    """One GPU as NVML describes it. `gpm` says whether per-window SM activity can be read (Hopper and newer)."""
+
+    index: int
+    uuid: str
+    name: str
+    sms: int
+    memory_total_bytes: int
+    compute_capability: str
+    driver: str
+    cuda: str
+    compute_mode: str
+    mig: bool
+    gpm: bool
+    power_limit_w: float | None
+
+
+class HostFacts(Record, frozen=True):
+    """The processor side. `cores` holds one logical CPU per physical core that this process may use."""
+
+    cpu: str
+    cores: list[int]
+    threads_per_core: int
+    memory_bytes: int
+    kernel: str
+    numa_node: int | None
+
+
+class Software(Record, frozen=True):
+    advisor: str
+    python: str
+    vllm: str | None
+    torch: str | None
+    environment: dict[str, str]  # the VLLM_* settings that the engines were started with
+
+
+class Workload(Record, frozen=True):
+    """What is asked of the engines. `isl` and `osl` in tokens; `concurrency` is requests in flight in total."""
+
+    kind: WorkloadKind
+    isl: int
+    osl: int
+    concurrency: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Question(Record, frozen=True):
+    """What the user asked, as far as it decides which trials are run and how they are judged."""
+
+    workload: Workload
+    max_engines: int
+    thread_percentages: Literal["auto", "none"] | list[int]
+    min_gain: float  # 0.10 means that MPS has to bring at least 1.10 times
+
+
+class Protocol(Record, frozen=True):
+    """How a trial is run. One turnover is `concurrency` requests' worth of output tokens."""
+
+    warmup_turnovers: float = 2.0
+    measure_turnovers: float = 3.0
+    warmup_min_s: float = 4.0
+    measure_min_s: float = 12.0
+    window_max_s: float = 150.0
+    bin_s: float = 0.1
+    gpm_interval_s: float = 0.5
+    nvml_interval_s: float = 0.2
+    engine_start_timeout_s: float = 420.0
+    stall_timeout_s: float = 45.0
+    drain_timeout_s: float = 60.0
+    teardown_timeout_s: float = 40.0
+
+
+class EngineSettings(Record, frozen=True):
+    """What every engine is told explicitly, so that nothing is resolved behind our back."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_cudagraph_capture_size: int
+    enable_prefix_caching: bool
+    async_scheduling: bool
+    kv_cache_memory_bytes: int
+    max_model_len: int
+    gpu_memory_utilization: float
+    dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
+    load_format: str
+
+
+# ---------------------------------------------------------------- a trial: what is asked, what came back
+
+
+class TrialSpec(Record, frozen=True):
+    """One trial. Two specs that are equal ask for the same evidence; that is how a replay finds it.
+
+    kind "load": start `engines` engines, load them, record. `thread_percentage` None means unrestricted.
+    kind "numerics": run the model's matrix products under each of `percentages` and record their errors.
+    `repeat` numbers deliberate repetitions of the same trial (0 is the first).
+    """
+
+    kind: TrialKind
+    engines: int = 0
+    mps: bool = False
+    thread_percentage: int | None = None
+    settings: EngineSettings | None = None
+    workload: Workload | None = None
+    protocol: Protocol | None = None
+    engine_cores: list[list[int]] = []
+    load_cores: list[int] = []
+    percentages: list[int] = []
+    batch_sizes: list[int] = []
+    repeat: int = 0
+
+
+class LogHistogram(Record, frozen=True):
+    """Durations in logarithmic bins: count of bin i covers [floor_s * ratio**i, floor_s * ratio**(i+1))."""
+
+    floor_s: float
+    ratio: float
+    counts: dict[int, int]
+
+
+class RawLoad(Record, frozen=True):
+    """What one engine's load generator process saw. Bins start at `bins_start_s` and are `bin_s` wide.
+
+    `tokens` are output tokens by arrival, `first_tokens` and `completions` are requests per bin. A streamed
+    chunk that carries several tokens (the server coalesced them) counts as that many; `chunks` counts events.
+    The three histograms hold only what ended inside the window.
+    """
+
+    engine: int
+    bins_start_s: float
+    bin_s: float
+    tokens: list[float]
+    first_tokens: list[int]
+    completions: list[int]
+    sent: int
+    completed: int
+    failed: int
+    errors: list[str]
+    chunks: int
+    output_tokens: int
+    prompt_tokens_min: int | None
+    prompt_tokens_max: int | None
+    ttft: LogHistogram
+    itl: LogHistogram
+    e2e: LogHistogram
+
+
+class CpuUse(Record, frozen=True):
+    """CPU seconds that one process spent inside the window; `main_thread_s` is its busiest thread's share."""
+
+    role: Literal["api_server", "engine_core", "load", "advisor", "mps_server"]
+    engine: int | None
+    pid: int
+    cpu_s: float
+    main_thread_s: float | None
+
+
+class ServerCounters(Record, frozen=True):
+    """vLLM's own counters, from its metrics endpoint, at one moment."""
+
+    at_s: float
+    generation_tokens: float
+    prompt_tokens: float
+    prefix_cache_hits: float
+    preemptions: float
+    engine_steps: float
+    running: float
+    waiting: float
+
+
+class RawEngine(Record, frozen=True):
+    """One `vllm serve` process tree: what it resolved, how it ended. `exit_code` None means it never ended itself."""
+
+    engine: int
+    port: int
+    api_server_pid: int | None
+    engine_core_pid: int | None
+    ready_s: float | None
+    kv_cache_tokens: int | None
+    num_gpu_blocks: int | None
+    block_size: int | None
+    resolved: dict[str, str]
+    counters_start: ServerCounters | None
+    counters_end: ServerCounters | None
+    prompt_logprobs: list[list[float]]  # fixed prompts; one log-probability per prompt token after the first
+    exit_code: int | None
+    died_s: float | None
+    log_tail: list[str]
+
+
+class MpsEvidence(Record, frozen=True):
+    """Who was attached to which daemon, read from the control program at the window's start and end."""
+
+    daemon: bool
+    servers_start: list[int]
+    servers_end: list[int]
+    clients_start: list[int]
+    clients_end: list[int]
+
+
+class GpuSamples(Record, frozen=True):
+    """NVML over the trial. Lists run in parallel with `at_s`; GPM rows cover (at_s - interval, at_s]."""
+
+    at_s: list[float]
+    power_w: list[float | None]
+    sm_clock_mhz: list[int | None]
+    memory_used_bytes: list[int | None]
+    throttle_reasons: list[int | None]
+    gpm_at_s: list[float]
+    gpm_interval_s: list[float]
+    graphics_active_pct: list[float]
+    sm_active_pct: list[float]
+    sm_occupancy_pct: list[float]
+    tensor_active_pct: list[float]
+    dram_active_pct: list[float]
+    energy_start_j: float | None
+    energy_end_j: float | None
+
+
+class Teardown(Record, frozen=True):
+    """Proof that nothing was left. `steps` names what was done, in order, with its time."""
+
+    seconds: float
+    steps: list[str]
+    left_pids: list[int]
+    daemon_left: bool
+    memory_before_bytes: int | None
+    memory_after_bytes: int | None
+
+
+class NumericsResult(Record, frozen=True):
+    """One matrix product at one batch size under one percentage. `worst_error` is the worst tile's relative error.
+
+    Relative error of a tile: Frobenius norm of (result - float64 reference) over that of the reference.
+    """
+
+    percentage: int
+    sms: int
+    product: str
+    rows: int
+    columns: int
+    inner: int
+    worst_error: float
+    unstable: bool  # repeated graph launches on the same input differed
+
+
+class RawNumerics(Record, frozen=True):
+    results: list[NumericsResult]
+    failed: dict[str, str]  # percentage -> why its check could not be done
+    seconds: float
+
+
+class Stage(Record, frozen=True):
+    name: str
+    start_s: float
+    end_s: float
+
+
+class RawTrial(Record, frozen=True):
+    """Everything one trial left behind. `window` is (start, end) of the measured part, None if never reached."""
+
+    schema_version: int
+    spec: TrialSpec
+    created: str
+    ended: Ended
+    detail: str
+    gpu_uuid: str
+    window: tuple[float, float] | None
+    engines: list[RawEngine]
+    loads: list[RawLoad]
+    cpu: list[CpuUse]
+    steal_s: float | None
+    gpu: GpuSamples | None
+    mps: MpsEvidence | None
+    foreign_pids: list[int]  # other processes seen on the GPU at the end of the window
+    teardown: Teardown | None
+    numerics: RawNumerics | None
+    timeline: list[Stage]
+
+
+class Manifest(Record, frozen=True):
+    """The head of a run folder: what was asked, of which model, on which machine."""
+
+    schema_version: int
+    created: str
+    question: Question
+    protocol: Protocol
+    model: ModelFacts
+    gpu: GpuFacts
+    host: HostFacts
+    software: Software
+    settings: EngineSettings  # of the default engine; with more engines only the memory shares change
+
+
+# ---------------------------------------------------------------- conclusions
+
+
+class Value(Record, frozen=True):
+    """A number with its 90 % interval. `low` and `high` are None where no interval can be given."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Percentiles(Record, frozen=True):
+    p50: float
+    p95: float
+    p99: float
+
+
+class Caution(Record, frozen=True):
+    """Something the reader must know, with what to do about it."""
+
+    code: str
+    text: str
+    remedy: str
+
+
+class Measurement(Record, frozen=True):
+    """What one load trial says, computed from its raw evidence alone.
+
+    `blocks_tok_per_s` are the mean rates of consecutive blocks of the window, each at least one turnover long;
+    `log_mean` and `log_se` are the mean and standard error of their logarithms, with `dof` degrees of freedom.
+    """
+
+    throughput_tok_per_s: Value
+    requests_per_s: float
+    blocks_tok_per_s: list[float]
+    log_mean: float
+    log_se: float
+    dof: int
+    turnovers: float
+    window_s: float
+    ttft_ms: Percentiles | None
+    itl_ms: Percentiles | None
+    e2e_ms: Percentiles | None
+    sm_active_pct: float | None
+    gpu_idle_pct: float | None
+    tokens_per_joule: float | None
+    power_w: float | None
+    load_cpu_pct: float | None  # busiest load process, share of one core
+    engine_core_cpu_pct: float | None  # busiest engine core's main thread, share of one core
+    api_server_cpu_pct: float | None
+
+
+class Candidate(Record, frozen=True):
+    """One way to run, and what became of it."""
+
+    engines: int
+    mps: bool
+    thread_percentages: list[int] | None
+    sms_each: int | None
+    settings: EngineSettings | None
+    outcome: Outcome
+    source: Source | None
+    throughput_tok_per_s: Value | None = None
+    requests_per_s: float | None = None
+    ttft_ms: Percentiles | None = None
+    itl_ms: Percentiles | None = None
+    e2e_ms: Percentiles | None = None
+    gain_vs_default: Value | None = None
+    gain_vs_tuned: Value | None = None
+    gain_vs_best_without_mps: Value | None = None
+    sm_active_pct: float | None = None
+    gpu_idle_pct: float | None = None
+    cpu_stall_pct: float | None = None
+    tokens_per_joule: float | None = None
+    limited_by: str | None = None
+    worst_product_error: float | None = None
+    worst_logprob_error: float | None = None
+    why_not: str | None = None
+    trial: str | None = None
+
+
+class Recommendation(Record, frozen=True):
+    status: Status
+    engines: int | None = None
+    mps: bool | None = None
+    thread_percentages: list[int] | None = None
+    settings: EngineSettings | None = None
+    gain_vs_default: Value | None = None
+    gain_vs_tuned: Value | None = None
+    gain_vs_best_without_mps: Value | None = None
+    sentence: str = ""
+    because: list[str] = []
+    cost_of_mps: list[str] = []
+    environment: dict[str, str] = {}
+    commands: list[str] = []
+
+
+class Report(Record, frozen=True):
+    """What `profile` answers, and what every later verb reads. Keys as in the contract with users."""
+
+    schema_version: int
+    created: str
+    replayed: bool
+    model: ModelFacts
+    gpu: GpuFacts
+    host: HostFacts
+    software: Software
+    workload: Workload
+    protocol: Protocol
+    candidates: list[Candidate]
+    profile: dict[str, Any] | None
+    waterfall: list[dict[str, Any]] | None
+    warnings: list[Caution]
+    recommendation: Recommendation
+    timeline: list[Stage]
+    question: Question

@@ -1,0 +1,527 @@
+"""May a trial count, and if not, why? And what must a reader know about one that may?
+
+A fault makes a trial worthless for a verdict: the numbers would be about something else than what was asked. A
+caution leaves it standing. Evidence that should be there and is not is a fault too: a trial proves itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from advisor.core.measure import block_rates, cpu_pct, tokens_between
+from advisor.core.records import (
+    Caution,
+    EngineSettings,
+    LogHistogram,
+    Measurement,
+    MpsEvidence,
+    Protocol,
+    RawEngine,
+    RawLoad,
+    RawTrial,
+    Record,
+    ServerCounters,
+    Workload,
+)
+from advisor.core.workload import prompt_tokens, shares, turnover_tokens
+
+FAILED_SHARE_MAX = 0.001
+PREFIX_HIT_SHARE_MAX = 0.005
+TOKEN_MISMATCH_MAX = 0.05
+LOAD_BOUND_PCT = 90.0
+LOAD_BUSY_PCT = 70.0
+FAIR_SHARE_MIN = 0.7
+STEAL_SHARE_MAX = 0.01
+COALESCED_MAX = 1.05
+MEMORY_LEFT_BYTES = 512 * 2**20
+# NVML's clocks event reasons (nvml.h): the software power cap, and the four that mean overheating or a power fault.
+POWER_CAP = 0x4
+THROTTLES = {
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+_SLACK_S = 1e-6  # times that differ by less are the same time: sums of bin widths are not exact
+_COMPARED_SETTINGS = (
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_cudagraph_capture_size",
+    "enable_prefix_caching",
+    "max_model_len",
+    "async_scheduling",
+)
+
+
+class Fault(Record, frozen=True):
+    """Why a trial may not count: a stable code, and one line for the reader."""
+
+    code: str
+    text: str
+
+
+def judge(raw: RawTrial) -> list[Fault]:
+    """Everything that forbids using the trial; empty when it may count.
+
+    Codes: the trial's own ending (`oom` `crash` `timeout` `not_attached` `refused`) · `damaged` `no_window`
+    `no_evidence` · `not_attached` `foreign_client` `no_daemon` `server_changed` `mps_present` `foreign_process` ·
+    `missing_engine` `engine_died` `kv_unknown` `unequal_kv` `settings_differ` · `prompt_length` `failed_requests`
+    `bins_short` `short_window` `short_warmup` `not_steady` `stalled` `prefix_hits` `tokens_disagree` `load_bound`.
+    A trial that did not complete, or whose evidence is damaged, gets that one fault: nothing else could be trusted.
+    """
+    if raw.ended != "completed":
+        return [Fault(code=raw.ended, text=raw.detail or f"the trial ended early ({raw.ended})")]
+    damage = list(_damage(raw))
+    if damage:
+        return [Fault(code="damaged", text="damaged evidence: " + "; ".join(damage[:3]))]
+    if raw.spec.kind == "numerics":
+        return [] if raw.numerics is not None else [_no_evidence("numerics results")]
+    workload, protocol = raw.spec.workload, raw.spec.protocol
+    if workload is None or protocol is None or raw.spec.engines < 1:
+        return [Fault(code="damaged", text="damaged evidence: a load trial needs engines, a workload and a protocol")]
+    if raw.window is None:
+        return [Fault(code="no_window", text="the trial completed but recorded no measuring window")]
+    return [
+        *_mps_faults(raw),
+        *_foreign_faults(raw),
+        *_engine_faults(raw, raw.window),
+        *_load_faults(raw, workload, protocol, raw.window),
+        *_counter_faults(raw, workload),
+    ]
+
+
+def _no_evidence(what: str) -> Fault:
+    return Fault(code="no_evidence", text=f"{what} were not recorded, so the trial proves nothing")
+
+
+# ---------------------------------------------------------------- damage
+
+
+def _damage(raw: RawTrial) -> Iterator[str]:
+    """What cannot be true of any trial: numbers that are no numbers, negative counts, lists out of step."""
+    yield from _bad_numbers(raw)
+    if raw.window is not None and not raw.window[0] < raw.window[1]:
+        yield f"the window ends at {raw.window[1]} s but starts at {raw.window[0]} s"
+    for load in raw.loads:
+        if not load.bin_s > 0:
+            yield f"load {load.engine}: bins are {load.bin_s} s wide"
+        if not len(load.tokens) == len(load.first_tokens) == len(load.completions):
+            yield f"load {load.engine}: its lists of bins differ in length"
+    for name in ("ttft", "itl", "e2e"):
+        if len({(getattr(load, name).floor_s, getattr(load, name).ratio) for load in raw.loads}) > 1:
+            yield f"loads: their {name} histograms have different bins"
+    if raw.gpu is not None:
+        gpu = raw.gpu
+        samples = (gpu.at_s, gpu.power_w, gpu.sm_clock_mhz, gpu.memory_used_bytes, gpu.throttle_reasons)
+        activity = (gpu.graphics_active_pct, gpu.sm_active_pct, gpu.sm_occupancy_pct, gpu.tensor_active_pct)
+        if len({len(column) for column in samples}) > 1:
+            yield "gpu: its lists of samples differ in length"
+        if len({len(column) for column in (gpu.gpm_at_s, gpu.gpm_interval_s, gpu.dram_active_pct, *activity)}) > 1:
+            yield "gpu: its lists of GPM rows differ in length"
+    for engine in raw.engines:
+        before, after = engine.counters_start, engine.counters_end
+        if before is not None and after is not None and not _counters_advance(before, after):
+            yield f"engine {engine.engine}: its counters run backwards"
+
+
+def _counters_advance(before: ServerCounters, after: ServerCounters) -> bool:
+    return (
+        before.at_s < after.at_s
+        and before.generation_tokens <= after.generation_tokens
+        and before.prompt_tokens <= after.prompt_tokens
+        and before.prefix_cache_hits <= after.prefix_cache_hits
+        and before.preemptions <= after.preemptions
+    )
+
+
+def _bad_numbers(raw: RawTrial) -> Iterator[str]:
+    """Every number of the evidence that is not finite or is negative; `spec` is the question, not evidence."""
+    for name in raw.__struct_fields__:
+        if name != "spec":
+            yield from _walk(getattr(raw, name), name)
+
+
+def _walk(item: object, path: str) -> Iterator[str]:
+    if isinstance(item, bool):
+        return
+    if isinstance(item, int | float):
+        if not math.isfinite(item) or item < 0:
+            yield f"{path} is {item}"
+    elif isinstance(item, LogHistogram):
+        yield from _walk(item.floor_s, f"{path}.floor_s")
+        yield from _walk(list(item.counts.values()), f"{path}.counts")
+        if not (item.floor_s > 0 and item.ratio > 1):
+            yield f"{path} has bins from {item.floor_s} s in steps of {item.ratio}"
+    elif isinstance(item, RawEngine):
+        for name in item.__struct_fields__:
+            # A process that a signal ended has a negative exit code, and a log-probability is negative.
+            if name == "prompt_logprobs":
+                if not all(math.isfinite(p) for prompt in item.prompt_logprobs for p in prompt):
+                    yield f"{path}.{name} holds a number that is not finite"
+            elif name != "exit_code":
+                yield from _walk(getattr(item, name), f"{path}.{name}")
+    elif isinstance(item, Record):
+        for name in item.__struct_fields__:
+            yield from _walk(getattr(item, name), f"{path}.{name}")
+    elif isinstance(item, list | tuple):
+        for index, each in enumerate(item):
+            yield from _walk(each, f"{path}[{index}]")
+
+
+# ---------------------------------------------------------------- MPS
+
+
+def _mps_faults(raw: RawTrial) -> Iterator[Fault]:
+    if raw.mps is None:
+        yield _no_evidence("the MPS clients, or their absence,")
+    elif raw.spec.mps:
+        yield from _attachment_faults(raw, raw.mps)
+    elif raw.mps.daemon or _pids(raw.mps):
+        found = f"PIDs {_list(_pids(raw.mps))}" if _pids(raw.mps) else "a daemon"
+        yield Fault(code="mps_present", text=f"the trial was to run without MPS, but MPS answered ({found})")
+
+
+def _foreign_faults(raw: RawTrial) -> Iterator[Fault]:
+    if raw.foreign_pids:
+        yield Fault(
+            code="foreign_process",
+            text=f"PID {_list(set(raw.foreign_pids))} used the GPU during the window but is no part of the trial",
+        )
+
+
+def _pids(mps: MpsEvidence) -> set[int]:
+    return {*mps.servers_start, *mps.servers_end, *mps.clients_start, *mps.clients_end}
+
+
+def _attachment_faults(raw: RawTrial, mps: MpsEvidence) -> Iterator[Fault]:
+    if not mps.daemon:
+        yield Fault(code="no_daemon", text="the trial was to run under MPS, but no daemon answered")
+    first, last = set(mps.servers_start), set(mps.servers_end)
+    if len(first) != 1 or first != last:
+        yield Fault(
+            code="server_changed",
+            text=f"expected one MPS server throughout; at the window's start {_list(first)}, at its end {_list(last)}",
+        )
+    cores = {engine.engine_core_pid for engine in raw.engines if engine.engine_core_pid is not None}
+    for when, clients in (("start", set(mps.clients_start)), ("end", set(mps.clients_end))):
+        if cores - clients:
+            yield Fault(
+                code="not_attached",
+                text=f"at the window's {when}, engine core PID {_list(cores - clients)} was not attached to MPS",
+            )
+        if clients - cores:
+            yield Fault(
+                code="foreign_client",
+                text=f"at the window's {when}, PID {_list(clients - cores)} was attached to MPS but is no engine core",
+            )
+
+
+def _list(pids: set[int]) -> str:
+    return ", ".join(str(pid) for pid in sorted(pids)) or "none"
+
+
+# ---------------------------------------------------------------- engines
+
+
+def _engine_faults(raw: RawTrial, window: tuple[float, float]) -> Iterator[Fault]:
+    expected = list(range(raw.spec.engines))
+    if sorted(engine.engine for engine in raw.engines) != expected:
+        yield Fault(
+            code="missing_engine", text=f"{raw.spec.engines} engines were asked for, {len(raw.engines)} recorded"
+        )
+    pids = [engine.engine_core_pid for engine in raw.engines if engine.engine_core_pid is not None]
+    for engine in raw.engines:
+        if engine.engine_core_pid is None:
+            yield Fault(code="missing_engine", text=f"engine {engine.engine}: no engine core process was found")
+    if len(set(pids)) != len(pids):
+        yield Fault(code="missing_engine", text=f"several engines share an engine core process ({_list(set(pids))})")
+    teardown_s = min((stage.start_s for stage in raw.timeline if stage.name == "teardown"), default=window[1])
+    for engine in raw.engines:
+        # An engine that ends at teardown does as it is told; `died_s` dates the others.
+        if engine.died_s is not None and engine.died_s < teardown_s:
+            code = "" if engine.exit_code is None else f" with exit code {engine.exit_code}"
+            yield Fault(code="engine_died", text=f"engine {engine.engine} died at {engine.died_s:.1f} s{code}")
+    yield from _kv_faults(raw.engines)
+    if raw.spec.settings is not None:
+        for engine in raw.engines:
+            yield from _settings_faults(engine, raw.spec.settings)
+
+
+def _kv_faults(engines: Sequence[RawEngine]) -> Iterator[Fault]:
+    sizes = {engine.engine: engine.kv_cache_tokens for engine in engines}
+    for number, size in sizes.items():
+        if size is None:
+            yield Fault(code="kv_unknown", text=f"engine {number}: the size of its KV cache was not found")
+    known = [size for size in sizes.values() if size is not None]
+    if len(set(known)) > 1:
+        told = ", ".join(f"engine {number}: {size}" for number, size in sizes.items() if size is not None)
+        yield Fault(code="unequal_kv", text=f"the engines resolved to different KV cache sizes, in tokens ({told})")
+
+
+def _settings_faults(engine: RawEngine, settings: EngineSettings) -> Iterator[Fault]:
+    for name in _COMPARED_SETTINGS:
+        asked, got = str(getattr(settings, name)), engine.resolved.get(name)
+        if got is not None and got.strip().lower() != asked.lower():
+            yield Fault(
+                code="settings_differ", text=f"engine {engine.engine}: asked for {name}={asked}, vLLM resolved {got}"
+            )
+
+
+# ---------------------------------------------------------------- load
+
+
+def _load_faults(raw: RawTrial, workload: Workload, protocol: Protocol, window: tuple[float, float]) -> Iterator[Fault]:
+    if sorted(load.engine for load in raw.loads) != list(range(raw.spec.engines)):
+        yield _no_evidence("one load per engine")
+        return
+    yield from _request_faults(raw.loads, workload)
+    busy = cpu_pct(raw, "load")
+    if busy is not None and busy >= LOAD_BOUND_PCT:
+        yield Fault(code="load_bound", text=f"a load generator used {busy:.0f} % of its core: it was the limit itself")
+    uncovered = [load for load in raw.loads if not _covers(load, *window)]
+    for load in uncovered:
+        yield Fault(
+            code="bins_short",
+            text=f"load {load.engine}: its bins cover {load.bins_start_s:.1f} to {_bins_end_s(load):.1f} s, "
+            f"the window is {window[0]:.1f} to {window[1]:.1f} s",
+        )
+    if uncovered:
+        return
+    yield from _length_faults(raw, workload, protocol, window)
+    if min(block_rates(raw)) <= 0:
+        yield Fault(code="stalled", text="no output token arrived during a whole block of the window")
+
+
+def _request_faults(loads: Sequence[RawLoad], workload: Workload) -> Iterator[Fault]:
+    sent, failed = sum(load.sent for load in loads), sum(load.failed for load in loads)
+    if failed and (sent < 1000 or failed / sent > FAILED_SHARE_MAX):
+        why = next((error for load in loads for error in load.errors), "no error text")
+        yield Fault(code="failed_requests", text=f"{failed} of {sent} requests failed ({why})")
+    expected = prompt_tokens(workload)
+    for load in loads:
+        seen = {load.prompt_tokens_min, load.prompt_tokens_max}
+        # A decode wave is cut off in mid-answer, before the server says how long its prompts were.
+        if seen == {None} and workload.kind == "decode" and load.completed == 0:
+            continue
+        if seen != {expected}:
+            yield Fault(
+                code="prompt_length",
+                text=f"load {load.engine}: prompts should hold {expected} tokens, the server counted "
+                f"{load.prompt_tokens_min} to {load.prompt_tokens_max}",
+            )
+
+
+def _bins_end_s(load: RawLoad) -> float:
+    return load.bins_start_s + load.bin_s * len(load.tokens)
+
+
+def _covers(load: RawLoad, low_s: float, high_s: float) -> bool:
+    return load.bins_start_s <= low_s + _SLACK_S and _bins_end_s(load) >= high_s - _SLACK_S
+
+
+def _length_faults(
+    raw: RawTrial, workload: Workload, protocol: Protocol, window: tuple[float, float]
+) -> Iterator[Fault]:
+    start, end = window
+    if workload.kind == "decode":
+        yield from _decode_faults(raw.loads, workload, window)
+        return
+    turnover = turnover_tokens(workload)
+    # Binned counts place a token to within one bin, so the last bin's worth is not counted against the trial.
+    slack = max(load.bin_s for load in raw.loads) * tokens_between(raw.loads, start, end) / (end - start) / turnover
+    measured = tokens_between(raw.loads, start, end) / turnover
+    if measured + slack < protocol.measure_turnovers:
+        yield Fault(
+            code="short_window",
+            text=f"the window holds {measured:.2f} turnovers of the requests in flight, "
+            f"{protocol.measure_turnovers:g} are needed",
+        )
+    first_s = min(load.bins_start_s for load in raw.loads)
+    warm = tokens_between(raw.loads, first_s, start) / turnover
+    if warm + slack < protocol.warmup_turnovers:
+        yield Fault(
+            code="short_warmup",
+            text=f"the warm-up before the window holds {warm:.2f} turnovers, {protocol.warmup_turnovers:g} are needed",
+        )
+
+
+def _decode_faults(loads: Sequence[RawLoad], workload: Workload, window: tuple[float, float]) -> Iterator[Fault]:
+    """Steady decode: every request streams before the window starts, and none is finished before it ends."""
+    start, end = window
+    streaming = finished = 0
+    for load in loads:
+        for index, (began, done) in enumerate(zip(load.first_tokens, load.completions, strict=True)):
+            left = load.bins_start_s + index * load.bin_s
+            streaming += began if left + load.bin_s <= start + _SLACK_S else 0
+            finished += done if left < end - _SLACK_S else 0
+    if streaming != workload.concurrency:
+        yield Fault(
+            code="not_steady",
+            text=f"{streaming} of {workload.concurrency} requests were streaming when the window started",
+        )
+    if finished:
+        yield Fault(code="not_steady", text=f"{finished} requests were finished before the window ended")
+
+
+# ---------------------------------------------------------------- the server's own counters
+
+
+def _counter_faults(raw: RawTrial, workload: Workload) -> Iterator[Fault]:
+    loads = {load.engine: load for load in raw.loads}
+    for engine in raw.engines:
+        before, after = engine.counters_start, engine.counters_end
+        if before is None or after is None:
+            yield _no_evidence(f"engine {engine.engine}'s own counters")
+            continue
+        prompts = after.prompt_tokens - before.prompt_tokens
+        hits = after.prefix_cache_hits - before.prefix_cache_hits
+        # In steady decode the KV connector that stands in for prefill reports its tokens as hits.
+        if workload.kind != "decode" and hits > PREFIX_HIT_SHARE_MAX * prompts:
+            share = f"{hits / prompts * 100:.1f} % of the" if prompts else "uncounted"
+            yield Fault(
+                code="prefix_hits",
+                text=f"engine {engine.engine}: {share} prompt tokens came from the prefix cache",
+            )
+        if engine.engine in loads:
+            yield from _token_faults(engine.engine, loads[engine.engine], before, after)
+
+
+def _token_faults(number: int, load: RawLoad, before: ServerCounters, after: ServerCounters) -> Iterator[Fault]:
+    """Client and server must count the same tokens. Both as rates, over what the bins cover of the counters' span."""
+    low, high = max(before.at_s, load.bins_start_s), min(after.at_s, _bins_end_s(load))
+    if low >= high:
+        yield _no_evidence(f"engine {number}'s counters during the load")
+        return
+    server = (after.generation_tokens - before.generation_tokens) / (after.at_s - before.at_s)
+    client = tokens_between([load], low, high) / (high - low)
+    if abs(client - server) > TOKEN_MISMATCH_MAX * max(server, client):
+        yield Fault(
+            code="tokens_disagree",
+            text=f"engine {number}: the client counted {client:.0f} output tokens/s, the server {server:.0f}",
+        )
+
+
+# ---------------------------------------------------------------- cautions
+
+
+def cautions(raw: RawTrial, measurement: Measurement) -> list[Caution]:
+    """What the reader of a trial that counts must know. Meant for trials without faults.
+
+    Codes: `throttled` `power_capped` `steal` `preemptions` `coalesced` `load_busy` `unequal_engines`
+    `memory_left` `processes_left` `teardown_unproven`.
+    """
+    if raw.window is None or raw.spec.workload is None:
+        return []
+    return [
+        *_clock_cautions(raw, raw.window),
+        *_cpu_cautions(raw, measurement),
+        *_server_cautions(raw),
+        *_balance_cautions(raw, raw.spec.workload, raw.window),
+        *_teardown_cautions(raw),
+    ]
+
+
+def _clock_cautions(raw: RawTrial, window: tuple[float, float]) -> Iterator[Caution]:
+    if raw.gpu is None:
+        return
+    seen = [
+        reasons
+        for at, reasons in zip(raw.gpu.at_s, raw.gpu.throttle_reasons, strict=True)
+        if reasons is not None and window[0] <= at <= window[1]
+    ]
+    found = [name for bit, name in THROTTLES.items() if any(reasons & bit for reasons in seen)]
+    if found:
+        yield Caution(
+            code="throttled",
+            text=f"The GPU lowered its clocks during the window ({', '.join(found)}); another run may be faster.",
+            remedy="Check cooling and power supply (nvidia-smi -q -d PERFORMANCE), then measure again.",
+        )
+    capped = sum(1 for reasons in seen if reasons & POWER_CAP)
+    if capped:
+        yield Caution(
+            code="power_capped",
+            text=f"The GPU ran at its power limit in {capped / len(seen) * 100:.0f} % of the window's samples, "
+            "as a busy GPU may.",
+            remedy="Compare only with GPUs that have the same power limit.",
+        )
+
+
+def _cpu_cautions(raw: RawTrial, measurement: Measurement) -> Iterator[Caution]:
+    if measurement.load_cpu_pct is not None and measurement.load_cpu_pct > LOAD_BUSY_PCT:
+        yield Caution(
+            code="load_busy",
+            text=f"A load generator used {measurement.load_cpu_pct:.0f} % of its core and may have added latency.",
+            remedy="Give the load generators faster or more cores.",
+        )
+    cores = {core for group in raw.spec.engine_cores for core in group} | set(raw.spec.load_cores)
+    if raw.steal_s is not None and cores:
+        stolen = raw.steal_s / (measurement.window_s * len(cores))
+        if stolen > STEAL_SHARE_MAX:
+            yield Caution(
+                code="steal",
+                text=f"The hypervisor took {stolen * 100:.1f} % of the cores' time during the window.",
+                remedy="Measure on a machine whose cores are not shared.",
+            )
+
+
+def _server_cautions(raw: RawTrial) -> Iterator[Caution]:
+    preempted = sum(
+        engine.counters_end.preemptions - engine.counters_start.preemptions
+        for engine in raw.engines
+        if engine.counters_start is not None and engine.counters_end is not None
+    )
+    if preempted > 0:
+        yield Caution(
+            code="preemptions",
+            text=f"vLLM preempted {preempted:.0f} requests during the window: the KV cache was too small for the load.",
+            remedy="Lower --concurrency, or give each engine more KV cache.",
+        )
+    chunks, tokens = sum(load.chunks for load in raw.loads), sum(sum(load.tokens) for load in raw.loads)
+    if chunks and tokens / chunks > COALESCED_MAX:
+        yield Caution(
+            code="coalesced",
+            text=f"Streamed chunks held {tokens / chunks:.2f} tokens on average: an API server was behind its engine, "
+            "so latencies between tokens are coarser than they look.",
+            remedy="Give the API servers more cores, or try more of them (--api-server-count).",
+        )
+
+
+def _balance_cautions(raw: RawTrial, workload: Workload, window: tuple[float, float]) -> Iterator[Caution]:
+    total = tokens_between(raw.loads, *window)
+    parts = shares(workload.concurrency, raw.spec.engines)
+    for load in raw.loads:
+        fair = total * parts[load.engine] / workload.concurrency
+        got = tokens_between([load], *window)
+        if got < FAIR_SHARE_MIN * fair:
+            yield Caution(
+                code="unequal_engines",
+                text=f"Engine {load.engine} gave {got / fair * 100:.0f} % of its fair share of the tokens.",
+                remedy="Look at its log and its cores; behind a router that balances evenly it would set the pace.",
+            )
+
+
+def _teardown_cautions(raw: RawTrial) -> Iterator[Caution]:
+    done = raw.teardown
+    if done is None:
+        yield Caution(
+            code="teardown_unproven",
+            text="Nothing was recorded about how the trial was cleared away.",
+            remedy="Check with nvidia-smi that no process is left on the GPU.",
+        )
+        return
+    if done.left_pids or done.daemon_left:
+        left = [f"PID {_list(set(done.left_pids))}"] if done.left_pids else []
+        left += ["the MPS daemon"] if done.daemon_left else []
+        yield Caution(
+            code="processes_left",
+            text=f"After the trial {' and '.join(left)} was still there.",
+            remedy="End what is left before measuring again: it takes memory and time from later trials.",
+        )
+    before, after = done.memory_before_bytes, done.memory_after_bytes
+    if before is not None and after is not None and after - before > MEMORY_LEFT_BYTES:
+        yield Caution(
+            code="memory_left",
+            text=f"{(after - before) / 2**20:.0f} MiB of GPU memory were not given back after the trial.",
+            remedy="Find the process that holds it (nvidia-smi) and end it before measuring again.",
+        )

@@ -1,0 +1,39 @@
+"""The main job in one page: ask, run, judge, conclude. The same for a live run, a resumed one and a replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from advisor.core import search
+from advisor.core.recommend import conclude
+from advisor.core.records import Manifest, RawTrial, Report, TrialSpec
+from advisor.core.tried import Tried, judge
+
+
+class Runner(Protocol):
+    """Live or replay: both give raw evidence, nothing more."""
+
+    def run(self, spec: TrialSpec) -> RawTrial: ...
+
+
+def profile(
+    manifest: Manifest,
+    runner: Runner,
+    *,
+    created: str,
+    replayed: bool,
+    on_trial: Callable[[Tried], None] = lambda tried: None,
+) -> Report:
+    """Run the trials that the evidence so far asks for, then conclude from all of them."""
+    tried: list[Tried] = []
+    story = search.decide(manifest)
+    spec = next(story)
+    while True:
+        result = judge(runner.run(spec))
+        tried.append(result)
+        on_trial(result)
+        try:
+            spec = story.send(result)
+        except StopIteration as end:
+            return conclude(manifest, tried, end.value, created=created, replayed=replayed)

@@ -1,0 +1,300 @@
+"""What stands between the command line and the flow: turn options into a manifest, choose and prepare a Runner."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from advisor import __version__, flow
+from advisor.core import cores, memory, search, settings
+from advisor.core import plan as planning
+from advisor.core.errors import BadQuestion, NoHonestAnswer, NotRecorded, Unfit
+from advisor.core.model import check_context, facts
+from advisor.core.records import (
+    SCHEMA_VERSION,
+    EngineSettings,
+    GpuFacts,
+    HostFacts,
+    Manifest,
+    ModelFacts,
+    Protocol,
+    Question,
+    Report,
+    Software,
+    Workload,
+    WorkloadKind,
+)
+from advisor.core.vocabulary import words_of
+from advisor.core.workload import as_served
+from advisor.report.as_json import dumps
+from advisor.shell import hub, replay
+from advisor.shell.resources import load_yaml
+from advisor.shell.store import RunFolder, write
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DRY_RUN_GPU = "gpus/h200.yaml"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `profile`, as given."""
+
+    model: str | None
+    ctx: int | None
+    osl: int
+    workload: WorkloadKind
+    concurrency: int
+    max_engines: int
+    thread_percentages: Literal["auto", "none"] | list[int]
+    min_gain: float
+    dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
+    gpu: str | None
+    weights: Literal["auto", "dummy"]
+    out: Path | None
+    resume: bool
+    vllm: str | None
+
+
+def _workload(asked: Asked) -> Workload:
+    if asked.ctx is None:
+        raise BadQuestion("--ctx is missing; give the prompt length in tokens, for example --ctx 1024")
+    osl = 1 if asked.workload == "prefill" else asked.osl
+    return Workload(kind=asked.workload, isl=asked.ctx, osl=osl, concurrency=asked.concurrency)
+
+
+def _question(asked: Asked) -> Question:
+    return Question(
+        workload=_workload(asked),
+        max_engines=asked.max_engines,
+        thread_percentages=asked.thread_percentages,
+        min_gain=asked.min_gain,
+    )
+
+
+def _find_model(asked: Asked) -> tuple[ModelFacts, hub.Found]:
+    if asked.model is None:
+        raise BadQuestion("--model is missing; give a Hugging Face id, a folder with config.json, or a shipped name")
+    found = hub.find_model(asked.model, asked.weights)
+    weights: Literal["real", "dummy"] = "dummy" if found.folder is None else "real"
+    model = facts(found.name, found.config, asked.dtype, asked.quantization, asked.kv_cache_dtype, weights)
+    return model, found
+
+
+def _settings(model: ModelFacts, gpu: GpuFacts, question: Question) -> EngineSettings:
+    """The default engine's settings. Raises NoHonestAnswer with the sums when one engine does not fit."""
+    defaults = settings.read_defaults(load_yaml("vllm.yaml"))
+    batch = settings.default_batch(gpu, defaults)
+    workload = as_served(question.workload)
+    check_context(model, workload.isl, workload.osl)
+    planned = memory.plan(
+        gpu,
+        model,
+        max_num_batched_tokens=batch.max_num_batched_tokens,
+        max_num_seqs=batch.max_num_seqs,
+        workload=workload,
+        engines=1,
+    )
+    if planned.kv_bytes is None:
+        raise NoHonestAnswer(memory.explain(planned))
+    return settings.default_settings(model, gpu, defaults, workload, planned.kv_bytes)
+
+
+# ---------------------------------------------------------------- replay
+
+
+def replayed(asked: Asked, where: str) -> Report:
+    """The report of a recorded run, computed from its raw evidence alone."""
+    workload = _workload(asked) if asked.ctx is not None else None
+    if where == "auto":
+        if asked.model is None or workload is None:
+            raise BadQuestion("--replay auto needs --model and --ctx to choose a recorded run; or give --replay DIR")
+        folder = replay.choose(asked.model, workload)
+        manifest = folder.manifest()
+    else:
+        folder = replay.open_run(Path(where))
+        manifest = folder.manifest()
+        if not replay.fits(manifest, asked.model, workload):
+            raise NotRecorded(f"{where} answers another question: {replay.describe(manifest)}")
+    # How the evidence is judged is today's question; which trials there are is the recorded one's.
+    question = msgspec.structs.replace(manifest.question, min_gain=asked.min_gain)
+    manifest = msgspec.structs.replace(manifest, question=question)
+    return flow.profile(manifest, replay.Replay(folder), created=_now(), replayed=True)
+
+
+# ---------------------------------------------------------------- dry run
+
+
+def plan(asked: Asked, *, as_json: bool) -> str:
+    """What a live run would do: trials, memory, minutes. Touches no GPU."""
+    from rich.console import Console
+
+    from advisor.report import plan as text
+
+    question = _question(asked)
+    model, _ = _find_model(asked)
+    gpu, host, assumed = _machine_for_plan(asked.gpu)
+    base = _settings(model, gpu, question)
+    manifest = _manifest(question, model, gpu, host, base, _software(None))
+    most_by_cores = cores.most_engines(host.cores)
+    sums, most_by_memory = [assumed] if assumed else [], 0
+    for engines in range(1, max(2, min(question.max_engines, most_by_cores)) + 1):
+        planned = search.memory_plan(manifest, engines)
+        sums.append(memory.explain(planned))
+        if planned.kv_bytes is None:
+            break
+        most_by_memory = engines
+    trials = planning.trial_plan(question, model, most_by_memory, most_by_cores, manifest.protocol)
+    if as_json:
+        return json.dumps(text.as_dict(trials, sums), indent=2, ensure_ascii=False) + "\n"
+    page = io.StringIO()
+    text.render(trials, sums, Console(file=page, width=80))
+    return page.getvalue()
+
+
+def _machine_for_plan(selector: str | None) -> tuple[GpuFacts, HostFacts, str]:
+    """This machine where it has a GPU; else the H200 machine of the shipped facts, and a line that says so."""
+    from advisor.shell import host
+    from advisor.shell.gpu import Nvml
+
+    try:
+        with Nvml() as nvml:
+            gpu = nvml.find(selector)
+            return gpu, host.facts(nvml.numa_node(gpu.uuid)), ""
+    except Unfit:
+        known = load_yaml(DRY_RUN_GPU)
+        gpu, machine = msgspec.convert(known["gpu"], GpuFacts), msgspec.convert(known["host"], HostFacts)
+        return gpu, machine, f"No GPU here: planned for one {gpu.name} and {len(machine.cores)} cores."
+
+
+# ---------------------------------------------------------------- live
+
+
+def live(asked: Asked, console: Console) -> Report:
+    """Measure on this machine. Everything that can be refused is refused before the first engine starts."""
+    from advisor.shell import host, mps
+    from advisor.shell.gpu import Nvml
+    from advisor.shell.inspect import torch_version, vllm_version
+    from advisor.shell.live import Live, now, refuse_unfit, scratch_directory
+    from advisor.shell.progress import Progress
+    from advisor.shell.trial import Place, default_vllm_command
+
+    question = _question(asked)
+    model, found = _find_model(asked)
+    with Nvml() as nvml:
+        gpu = nvml.find(asked.gpu)
+        machine = host.facts(nvml.numa_node(gpu.uuid))
+    if gpu.mig:
+        raise Unfit(f"MIG is on for {gpu.name} ({gpu.uuid}); MPS is measured on a whole GPU: choose another by --gpu")
+    if gpu.compute_mode != "Default":
+        raise Unfit(
+            f"{gpu.name} is in compute mode {gpu.compute_mode}; the comparison without MPS needs mode Default "
+            "(nvidia-smi -c DEFAULT, by its administrator)"
+        )
+    control = mps.binaries().control
+    refuse_unfit(control, mps.foreign_daemons())
+    command = shlex.split(asked.vllm) if asked.vllm else default_vllm_command()
+    vllm = vllm_version()
+    if vllm is None and not asked.vllm:
+        raise Unfit("vLLM is not installed here; pip install 'mps-advisor[gpu]', or see --replay auto")
+    manifest = _manifest(
+        question, model, gpu, machine, _settings(model, gpu, question), _software(vllm, torch_version())
+    )
+    folder = RunFolder(asked.out or _default_folder(manifest))
+    if asked.resume:
+        manifest = _resumed(folder, manifest, asked.out)
+    else:
+        folder.create(manifest)
+
+    scratch = scratch_directory()
+    try:
+        model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
+        tokenizer = model_folder / "tokenizer.json"
+        place = Place(
+            manifest=manifest,
+            model_folder=model_folder,
+            tokenizer=tokenizer,
+            words=words_of(_read_json(tokenizer)),
+            vllm_command=command,
+            scratch=scratch,
+            control=control,
+            scrub={str(model_folder): "<model>", str(scratch): "<scratch>", str(Path.home()): "~"},
+        )
+        console.print(f"recording in {folder.path}", soft_wrap=True, markup=False)
+        with Progress(console) as progress, Live(place, folder, progress.say) as runner:
+            report = flow.profile(manifest, runner, created=now(), replayed=False, on_trial=progress.trial)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    write(folder.path / "report.json", dumps(report).encode())
+    return report
+
+
+def _resumed(folder: RunFolder, fresh: Manifest, out: Path | None) -> Manifest:
+    """The recorded manifest, if it asks the same question of the same machine."""
+    if out is None:
+        raise BadQuestion("--resume needs --out: the run folder to go on with")
+    if not folder.exists:
+        folder.create(fresh)
+        return fresh
+    recorded = folder.manifest()
+    for name in ("question", "model", "gpu", "software", "settings"):
+        if getattr(recorded, name) != getattr(fresh, name):
+            raise Unfit(f"{folder.path} was recorded with another {name}; ask exactly as then, or choose another --out")
+    return recorded
+
+
+def _manifest(
+    question: Question, model: ModelFacts, gpu: GpuFacts, host: HostFacts, base: EngineSettings, software: Software
+) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        created=_now(),
+        question=question,
+        protocol=Protocol(),
+        model=model,
+        gpu=gpu,
+        host=host,
+        software=software,
+        settings=base,
+    )
+
+
+def _software(vllm: str | None, torch: str | None = None) -> Software:
+    shown = {name: value for name, value in os.environ.items() if name.startswith("VLLM_") and "/" not in value}
+    return Software(advisor=__version__, python=platform.python_version(), vllm=vllm, torch=torch, environment=shown)
+
+
+def _default_folder(manifest: Manifest) -> Path:
+    workload = manifest.question.workload
+    name = re.sub(r"[^a-z0-9.]+", "-", manifest.model.name.lower().rpartition("/")[2]).strip("-")
+    stamp = re.sub(r"\D", "", manifest.created)[:14]
+    return Path("mps-advisor-runs") / f"{name}-{workload.kind}-{workload.isl}-{stamp}"
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Unfit(f"{path.name} of this model cannot be read ({error}); a fast tokenizer is needed") from error
+    if not isinstance(document, dict):
+        raise Unfit(f"{path.name} of this model holds no JSON object; a fast tokenizer is needed")
+    return document
+
+
+def _now() -> str:
+    from advisor.shell.live import now
+
+    return now()

@@ -1,0 +1,376 @@
+"""The report on a screen: the verdict, the table of what was tried, and how to run what won.
+
+Every line is laid out here and printed whole, so that a pipe receives the same text as an 80-column terminal.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from advisor.core.records import Candidate, Outcome, Percentiles, Report, Value
+
+MISSING = "–"
+NARROWEST, WIDEST = 80, 100
+
+OUTCOME_IN_WORDS: dict[Outcome, str] = {
+    "ok": "ok",
+    "infeasible": "infeasible",
+    "oom": "out of memory",
+    "crash": "crashed",
+    "timeout": "timed out",
+    "not_attached": "not attached to MPS",
+    "wrong_results": "wrong results",
+    "invalid": "invalid",
+    "skipped": "skipped",
+}
+SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+# Header and whether its cells stand to the right. The first three say what was tried, the rest what came of it.
+COLUMNS = (
+    (" engines", False),
+    ("MPS", False),
+    ("SMs each", True),
+    ("tok/s", True),
+    ("vs one", True),
+    ("TTFT p95", True),
+    ("ITL p95", True),
+    ("SM active", True),
+    ("GPU idle", True),
+)
+WHAT = 3
+
+_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+_WORD = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")+""")
+_ASCII = str.maketrans({"–": "-", "►": ">", "×": "x", "±": "+-", "·": "|", "→": "->"})
+
+Line = tuple[str, str]  # text, style
+
+
+def render(report: Report, console: Console) -> None:
+    """Print the whole report. Colour only underlines what the words already say."""
+    emit(_lines(report, width_of(console)), console)
+
+
+def width_of(console: Console) -> int:
+    """Columns to lay text out for: what the console has, within what can hold the table and what reads well."""
+    return min(max(console.width, NARROWEST), WIDEST)
+
+
+def emit(lines: Iterable[Line], console: Console) -> None:
+    """Print every line whole, neither wrapped nor cut, with stand-ins for what the encoding cannot show."""
+    for text, style in lines:
+        console.print(Text(_encodable(text, console.encoding), style=style), soft_wrap=True)
+
+
+def _lines(report: Report, width: int) -> Iterator[Line]:
+    verdict = list(_verdict(report, width))
+    decided = report.recommendation.status == "recommend"
+    yield from ((line, "bold") for line in _title(report, width))
+    if not decided:
+        yield from verdict
+        yield "", ""
+    yield from _table(report, width)
+    if decided:
+        yield from verdict
+    yield from _bullets("What MPS costs", _cost(report), width)
+    yield from _bullets("Why not the others", _why_not(report), width)
+    yield from _how_to_run(report, width)
+    for caution in report.warnings:
+        yield "", ""
+        yield from ((line, "yellow") for line in wrap(f"Warning: {clean(caution.text)}", width, "  "))
+        if caution.remedy:
+            yield from ((line, "") for line in wrap(f"  → {clean(caution.remedy)}", width, "    "))
+    yield "", ""
+    for note in _notes(report):
+        yield from ((line, "dim") for line in wrap(note, width, "  "))
+
+
+# ---------------------------------------------------------------- what was asked
+
+
+def _title(report: Report, width: int) -> list[str]:
+    model, load = report.model, report.workload
+    work = {
+        "serve": f"{load.isl} in, {load.osl} out",
+        "prefill": f"prefill of {load.isl}",
+        "decode": f"decode at {load.isl}",
+    }[load.kind]
+    parts = [
+        f"{clean(model.name)} on {clean(report.gpu.name)}",
+        *([f"vLLM {clean(report.software.vllm)}"] if report.software.vllm else []),
+        " ".join(filter(None, [SHORT_DTYPE.get(model.dtype, model.dtype), model.quantization])),
+        work,
+        f"{load.concurrency} in flight",
+    ]
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]} · {part}"
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _table(report: Report, width: int) -> Iterator[Line]:
+    candidates = sorted(report.candidates, key=_simplicity)
+    chosen = _chosen(report)
+    cells = [_cells(one, report.gpu.sms, one is chosen) for one in candidates]
+    done = [row for row, one in zip(cells, candidates, strict=True) if one.outcome == "ok"]
+    widths = [
+        max(len(header), *(len(row[index]) for row in (cells if index < WHAT else done)), 0)
+        for index, (header, _) in enumerate(COLUMNS)
+    ]
+    # Two spaces between columns as far as the width goes, from the left; never less than one.
+    spare = width - sum(widths) - (len(COLUMNS) - 1)
+
+    def join(row: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(wide) if right else cell.ljust(wide)
+            for cell, wide, (_, right) in zip(row, widths, COLUMNS, strict=False)
+        ]
+        return "".join(f"{cell}{'  ' if index < spare else ' '}" for index, cell in enumerate(padded)).rstrip()
+
+    yield join([header for header, _ in COLUMNS]), "dim"
+    for one, row in zip(candidates, cells, strict=True):
+        if one.outcome == "ok":
+            yield join(row), "bold green" if one is chosen else ""
+            continue
+        what = join(row[:WHAT]) + "    "
+        style = "red" if one.outcome == "wrong_results" else "dim"
+        yield from ((line, style) for line in wrap(what + _failure(one), width, " " * len(what)))
+
+
+def _simplicity(one: Candidate) -> tuple[int, bool, int]:
+    return one.engines, one.mps, -max(one.thread_percentages or [101])
+
+
+def _chosen(report: Report) -> Candidate | None:
+    """The candidate that is recommended, None without a recommendation."""
+    advice = report.recommendation
+    if advice.status != "recommend":
+        return None
+    same = [
+        one
+        for one in report.candidates
+        if one.outcome == "ok"
+        and one.engines == advice.engines
+        and one.mps == bool(advice.mps)
+        and (one.thread_percentages or None) == (advice.thread_percentages or None)
+    ]
+    return next((one for one in same if one.settings == advice.settings), same[0] if same else None)
+
+
+def _cells(one: Candidate, all_sms: int, chosen: bool) -> list[str]:
+    return [
+        ("►" if chosen else " ") + str(one.engines),
+        "yes" if one.mps else "no" if one.engines > 1 else MISSING,
+        _sms(one, all_sms),
+        _rate(one.throughput_tok_per_s),
+        MISSING if one.gain_vs_default is None else f"{one.gain_vs_default.value:.2f}×",
+        _p95(one.ttft_ms),
+        _p95(one.itl_ms),
+        _percent(one.sm_active_pct),
+        _percent(one.gpu_idle_pct),
+    ]
+
+
+def _sms(one: Candidate, all_sms: int) -> str:
+    """SMs that each engine sees; without a thread percentage all of them; the percentage where they are unknown."""
+    if one.sms_each is not None:
+        return str(one.sms_each)
+    if not one.thread_percentages:
+        return str(all_sms)
+    return "/".join(map(str, sorted(set(one.thread_percentages)))) + " %"
+
+
+def _rate(rate: Value | None) -> str:
+    if rate is None:
+        return MISSING
+    text = f"{rate.value:,.0f}" if rate.value >= 100 else f"{rate.value:.3g}"
+    if rate.low is None or rate.high is None or rate.value <= 0:
+        return text
+    half = (rate.high - rate.low) / 2 / rate.value * 100
+    return f"{text} ±{half:.0f}%" if half >= 0.5 else f"{text} ±<1%"
+
+
+def _p95(times: Percentiles | None) -> str:
+    if times is None:
+        return MISSING
+    milliseconds = times.p95
+    if milliseconds >= 99_999.5:
+        return f"{milliseconds / 1000:,.0f} s"
+    if milliseconds >= 9_999.5:
+        return f"{milliseconds / 1000:.1f} s"
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 9.95 else f"{milliseconds:.2g} ms"
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return MISSING
+    return f"{share:.0f} %" if share >= 1 or share == 0 else f"{share:.1g} %"
+
+
+def _failure(one: Candidate) -> str:
+    words = OUTCOME_IN_WORDS[one.outcome]
+    reason = clean(one.why_not or "")
+    if not reason or reason.lower().startswith(words):
+        return reason or words
+    return f"{words} ({reason})"
+
+
+# ---------------------------------------------------------------- the verdict and its reasons
+
+
+def _verdict(report: Report, width: int) -> Iterator[Line]:
+    advice = report.recommendation
+    sentence = clean(advice.sentence)
+    words = {"recommend": "", "inconclusive": "Inconclusive. ", "infeasible": "Infeasible. ", "no_slo": "No SLO met. "}
+    style = "bold" if advice.status == "recommend" else "bold yellow"
+    yield from ((line, style) for line in wrap(words[advice.status] + sentence, width))
+    for reason in advice.because:
+        yield from ((line, "") for line in wrap(f"  · {clean(reason)}", width, "    "))
+
+
+def _cost(report: Report) -> list[str]:
+    return report.recommendation.cost_of_mps if report.recommendation.mps else []
+
+
+def _why_not(report: Report) -> list[str]:
+    """Candidates that worked and lost; those that failed say why in the table."""
+    return [
+        f"{_name(one)}: {one.why_not}"
+        for one in sorted(report.candidates, key=_simplicity)
+        if one.outcome == "ok" and one.why_not
+    ]
+
+
+def _name(one: Candidate) -> str:
+    name = f"{one.engines} engine" + ("s" if one.engines > 1 else "")
+    if one.thread_percentages:
+        shares = "/".join(map(str, sorted(set(one.thread_percentages))))
+        return f"{name} under MPS at {shares} %"
+    if one.mps:
+        return f"{name} under MPS"
+    return f"{name} without MPS" if one.engines > 1 else name
+
+
+def _bullets(heading: str, points: Sequence[str], width: int) -> Iterator[Line]:
+    if points:
+        yield "", ""
+        yield f"{heading}:", "bold"
+    for point in points:
+        yield from ((line, "") for line in wrap(f"  · {clean(point)}", width, "    "))
+
+
+# ---------------------------------------------------------------- how to run it
+
+
+def _how_to_run(report: Report, width: int) -> Iterator[Line]:
+    advice = report.recommendation
+    written = "\n".join(advice.commands)
+    settings = [f"{name}={shlex.quote(value)}" for name, value in advice.environment.items()]
+    missing = [one for one in settings if one not in written]
+    if not missing and not advice.commands:
+        return
+    yield "", ""
+    yield "To run it:", "bold"
+    for one in missing:
+        yield f"  export {_printable(one)}", ""
+    first: list[str] = []
+    for command in advice.commands:
+        words = _WORD.findall(_printable(command))
+        other = _difference(first, words)
+        if other:
+            yield from ((line, "") for line in wrap(f"  and once more with {' '.join(other)}", width, "      "))
+        else:
+            yield from ((line, "") for line in _shell_lines(_printable(command), words, width))
+            first = words
+
+
+def _difference(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """The options in which two long commands differ, empty unless they are the same but for a few values."""
+    if len(first) < 8 or len(first) != len(second):
+        return []
+    where = [index for index, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]]
+    if not 1 <= len(where) <= 3:
+        return []
+    changed = []
+    for index in where:
+        word, option = second[index], second[index - 1] if index else ""
+        if option.startswith("-") and "=" not in option and not word.startswith("-"):
+            changed.append(f"{option} {word}")
+        elif "=" in word:
+            changed.append(word)
+        else:
+            return []
+    return changed
+
+
+def _shell_lines(command: str, words: Sequence[str], width: int) -> Iterator[str]:
+    """A command on one line where it fits, else one option with its values a line, as a shell accepts it."""
+    understood = " ".join(words) == command and not any(word.startswith("#") for word in words)
+    if len(command) + 2 <= width or not understood:
+        yield from (f"  {line}" for line in command.splitlines())
+        return
+    groups: list[list[str]] = [[]]
+    program_seen = False
+    for word in words:
+        # Variables that are set for the command stand before its name.
+        if groups[-1] and (not program_seen or word.startswith("--")):
+            groups.append([])
+        program_seen = program_seen or re.match(r"\w+=", word) is None
+        groups[-1].append(word)
+    for index, group in enumerate(groups):
+        yield "      " * (index > 0) + "  " * (index == 0) + " ".join(group) + " \\" * (index < len(groups) - 1)
+
+
+# ---------------------------------------------------------------- notes
+
+
+def _notes(report: Report) -> Iterator[str]:
+    values = (value for one in report.candidates for value in (one.throughput_tok_per_s, one.gain_vs_default))
+    if any(value is not None and value.low is not None for value in values):
+        yield "± and the ranges in brackets are 90 % intervals."
+    for one in report.candidates:
+        if one.outcome == "ok" and one.source not in ("measured", None):
+            yield f"{_name(one)}: {one.source}, not measured."
+    if report.workload.kind == "prefill":
+        yield f"tok/s counts output tokens; here each stands for a prompt of {report.workload.isl:,} tokens."
+    if report.replayed:
+        yield "This report was replayed from a recorded run: nothing was measured now."
+    if report.model.weights == "dummy" and all(one.code != "dummy_weights" for one in report.warnings):
+        yield "The weights are dummies of the right shape: the speed is measured, the generated text means nothing."
+
+
+# ---------------------------------------------------------------- text
+
+
+def wrap(text: str, width: int, hang: str = "") -> list[str]:
+    """Whole words only: a path or an address stays in one piece, even where it is wider."""
+    return textwrap.wrap(text, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+
+
+def _encodable(text: str, encoding: str) -> str:
+    if encoding.lower().startswith("utf"):
+        return text
+    return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+
+
+def _printable(text: str) -> str:
+    """`text` without escape sequences and control characters, which a log may hold."""
+    return "".join(letter for letter in _ESCAPE.sub("", text) if letter.isprintable() or letter in "\n\t")
+
+
+def clean(text: str) -> str:
+    """`text` as one line."""
+    return " ".join(_printable(re.sub(r"\s+", " ", text)).split())

@@ -1,0 +1,1 @@
+"""The only code that touches the world: GPU, processes, network, disk, clock."""

@@ -1,0 +1,376 @@
+"""`vllm serve` child processes: started together, watched, asked for evidence, ended in the safe order."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from advisor.core.records import RawEngine, ServerCounters
+from advisor.shell.processes import Known, end, start_pinned, tree, wait_gone
+
+SERVED_NAME = "advised"
+_ENGINE_CORE = re.compile(r"\(EngineCore pid=(\d+)\)")
+_ENGINE_CORE_TITLE = "VLLM::EngineCor"  # the kernel keeps 15 characters of a process name
+_OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "less than desired GPU memory utilization",
+    "No available memory for the cache blocks",
+    "larger than the available KV cache memory",
+)
+_RESOLVED = {
+    "max_num_batched_tokens": re.compile(r"max_num_batched_tokens=(\d+)"),
+    "max_num_seqs": re.compile(r"'max_num_seqs': (\d+)"),
+    "max_model_len": re.compile(r"max_seq_len=(\d+)"),
+    "enable_prefix_caching": re.compile(r"\benable_prefix_caching=(True|False)"),
+    "max_cudagraph_capture_size": re.compile(r"'max_cudagraph_capture_size': (\d+)"),
+    "dtype": re.compile(r"\bdtype=torch\.(\w+)"),
+    "attention_backend": re.compile(r"Using (\w+) attention backend"),
+    "compile_s": re.compile(r"torch\.compile took ([\d.]+) s"),
+    "graph_capture_s": re.compile(r"Graph capturing finished in ([\d.]+) secs"),
+    "model_gib": re.compile(r"Model loading took ([\d.]+) GiB"),
+    "version": re.compile(r"LLM engine \(v([\w.+]+)\)"),
+}
+_ASYNC = re.compile(r"Asynchronous scheduling is (enabled|disabled)")
+_METRIC = re.compile(r"^(vllm:\w+)(?:\{(.*)\})? ([\d.eE+-]+|NaN|[+-]?Inf)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_NOISE = re.compile(r"HTTP/1\.1\" 200|Route: /|it/s\]|█")
+_TAIL_LINES, _TAIL_WIDTH = 30, 240
+
+
+class EngineFailed(Exception):
+    """An engine that did not start, died or hung. `ended` is the trial's ending, `engine` its index."""
+
+    def __init__(self, ended: str, engine: int, detail: str) -> None:
+        super().__init__(detail)
+        self.ended, self.engine, self.detail = ended, engine, detail
+
+
+@dataclass
+class Launch:
+    """What one engine is started with."""
+
+    argv: Sequence[str]  # without --port, which is chosen at the start
+    environment: Mapping[str, str]
+    cores: Sequence[int]
+    log: Path
+
+
+@dataclass
+class _Engine:
+    index: int
+    port: int
+    launch: Launch
+    process: subprocess.Popen[bytes]
+    ready_s: float | None = None
+    core: Known | None = None
+    died_s: float | None = None
+    counters: list[ServerCounters] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    cache: dict[str, str] = field(default_factory=dict)
+    known: dict[int, Known] = field(default_factory=dict)  # every process of its tree that was ever seen
+
+    def log_text(self) -> str:
+        try:
+            return self.launch.log.read_text(errors="replace")
+        except OSError:
+            return ""
+
+    def look(self) -> None:
+        """Remember the processes of this engine's tree, and which of them is the engine core."""
+        for one in tree(self.process.pid):
+            self.known.setdefault(one.pid, one)
+            if self.core is None and _is_core(one):
+                self.core = one
+
+    def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+    ) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+
+def _is_core(one: Known) -> bool:
+    try:
+        words = [one.process.name(), *one.process.cmdline()]
+    except Exception:  # psutil raises several kinds for a process that is just ending
+        return False
+    return any(word.startswith(_ENGINE_CORE_TITLE) for word in words)
+
+
+class Engines:
+    """The engines of one trial. Times are relative to `origin_s`, a value of `time.monotonic()`."""
+
+    def __init__(self, launches: Sequence[Launch], origin_s: float, scrub: Mapping[str, str]) -> None:
+        self._launches = launches
+        self._origin_s = origin_s
+        self._scrub = scrub
+        self._engines: list[_Engine] = []
+
+    # -- start
+
+    def start(self) -> None:
+        """Start all of them at once; they compile and capture side by side."""
+        for index, launch in enumerate(self._launches):
+            port = _free_port()
+            process = start_pinned(
+                [*launch.argv, "--host", "127.0.0.1", "--port", str(port)],
+                launch.cores,
+                launch.environment,
+                launch.log,
+            )
+            self._engines.append(_Engine(index, port, launch, process))
+
+    def wait_ready(self, timeout_s: float, on_wait: Callable[[int], None]) -> None:
+        """Wait until every engine answers its health check. Raises EngineFailed (crash, oom, timeout)."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.check()
+            waiting = [engine for engine in self._engines if engine.ready_s is None]
+            for engine in waiting:
+                engine.look()
+                if _healthy(engine):
+                    engine.look()
+                    engine.ready_s = self._now()
+            waiting = [engine for engine in self._engines if engine.ready_s is None]
+            on_wait(len(self._engines) - len(waiting))
+            if not waiting:
+                return
+            if time.monotonic() > deadline:
+                names = ", ".join(str(engine.index) for engine in waiting)
+                raise EngineFailed(
+                    "timeout", waiting[0].index, f"engine {names} did not answer within {timeout_s:.0f} s of its start"
+                )
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        """Raise EngineFailed when an API server or an engine core has died."""
+        for engine in self._engines:
+            code = engine.process.poll()
+            core_died = engine.core is not None and not engine.core.alive
+            if code is None and not core_died:
+                continue
+            if engine.died_s is None:
+                engine.died_s = self._now()
+            if code is None:
+                # Give the API server a moment to notice and say why.
+                try:
+                    code = engine.process.wait(3.0)
+                except subprocess.TimeoutExpired:
+                    code = None
+            text = engine.log_text()
+            if any(sign in text for sign in _OUT_OF_MEMORY):
+                raise EngineFailed("oom", engine.index, f"engine {engine.index} ran out of GPU memory")
+            what = "API server" if not core_died else "engine core"
+            how = f"exit code {code}" if code is not None and code >= 0 else _signal_name(code)
+            raise EngineFailed(
+                "crash", engine.index, f"engine {engine.index} died: {what} ended ({how}); {self._last_error(text)}"
+            )
+
+    def _last_error(self, text: str) -> str:
+        lines = [line for line in text.splitlines() if re.search(r"\b\w*(Error|Exception)\b|ERROR", line)]
+        return f"last error: {self._clean(lines[-1])}" if lines else "no error in its log"
+
+    # -- evidence
+
+    @property
+    def urls(self) -> list[str]:
+        return [f"http://127.0.0.1:{engine.port}" for engine in self._engines]
+
+    @property
+    def core_pids(self) -> list[int | None]:
+        return [engine.core.pid if engine.core else None for engine in self._engines]
+
+    @property
+    def api_pids(self) -> list[int]:
+        return [engine.process.pid for engine in self._engines]
+
+    def own_pids(self) -> set[int]:
+        """Every process of these engines that was ever seen."""
+        for engine in self._engines:
+            engine.look()
+        return {pid for engine in self._engines for pid in engine.known}
+
+    def count(self) -> None:
+        """Read vllm's counters of every engine once. A server that does not answer leaves no row."""
+        for engine in self._engines:
+            try:
+                status, body = engine.request("GET", "/metrics", timeout_s=10.0)
+            except OSError:
+                continue
+            if status == 200:
+                values, engine.cache = _metrics(body.decode(errors="replace"))
+                engine.counters.append(_counters(values, self._now()))
+
+    def ask_logprobs(self, prompts: Sequence[str], *, generated: bool, timeout_s: float) -> None:
+        """Log-probabilities of fixed prompts' tokens (or, where the cache is filled by a stand-in, of generated ones).
+
+        They show whether an engine computes what another one computes. Raises EngineFailed on no answer.
+        """
+        for engine in self._engines:
+            engine.logprobs = []
+            for prompt in prompts:
+                body: dict[str, Any] = {"model": SERVED_NAME, "prompt": prompt, "temperature": 0.0, "ignore_eos": True}
+                body |= {"max_tokens": 32, "logprobs": 1} if generated else {"max_tokens": 1, "prompt_logprobs": 1}
+                try:
+                    status, answer = engine.request("POST", "/v1/completions", body, timeout_s)
+                    choice = json.loads(answer)["choices"][0] if status == 200 else None
+                    if choice is None:
+                        raise ValueError(f"HTTP {status}: {answer[:200].decode(errors='replace')}")
+                    engine.logprobs.append(
+                        [float(value) for value in choice["logprobs"]["token_logprobs"]]
+                        if generated
+                        else _prompt_logprobs(choice["prompt_logprobs"])
+                    )
+                except TimeoutError:
+                    detail = f"engine {engine.index} did not answer a fixed prompt within {timeout_s:.0f} s"
+                    raise EngineFailed("timeout", engine.index, detail) from None
+                except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+                    self.check()
+                    detail = f"engine {engine.index} gave no log-probabilities for a fixed prompt: {error!r}"
+                    raise EngineFailed("crash", engine.index, self._clean(detail)) from None
+
+    def raw(self) -> list[RawEngine]:
+        """What is known of every engine, for the record."""
+        return [self._raw(engine) for engine in self._engines]
+
+    def _raw(self, engine: _Engine) -> RawEngine:
+        text = engine.log_text()
+        if engine.core is None and (match := _ENGINE_CORE.search(text)):
+            core_pid: int | None = int(match.group(1))
+        else:
+            core_pid = engine.core.pid if engine.core else None
+        resolved = {name: match.group(1) for name, rule in _RESOLVED.items() if (match := rule.search(text))}
+        if match := _ASYNC.search(text):
+            resolved["async_scheduling"] = str(match.group(1) == "enabled")
+        lines = [line for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
+        return RawEngine(
+            engine=engine.index,
+            port=engine.port,
+            api_server_pid=engine.process.pid,
+            engine_core_pid=core_pid,
+            ready_s=engine.ready_s,
+            kv_cache_tokens=_integer(engine.cache.get("kv_cache_size_tokens")),
+            num_gpu_blocks=_integer(engine.cache.get("num_gpu_blocks")),
+            block_size=_integer(engine.cache.get("block_size")),
+            resolved=resolved,
+            counters_start=engine.counters[0] if engine.counters else None,
+            counters_end=engine.counters[-1] if len(engine.counters) > 1 else None,
+            prompt_logprobs=engine.logprobs,
+            exit_code=engine.process.poll(),
+            died_s=engine.died_s,
+            log_tail=[self._clean(line) for line in lines[-_TAIL_LINES:]],
+        )
+
+    def _clean(self, line: str) -> str:
+        """One log line without this machine's paths, cut to a readable width."""
+        for path, name in self._scrub.items():
+            line = line.replace(path, name)
+        return line.strip()[:_TAIL_WIDTH]
+
+    # -- end
+
+    def stop(self, timeout_s: float) -> tuple[list[str], list[int]]:
+        """End the engines: ask, wait, then end the process trees. Returns the steps and the PIDs that are left.
+
+        SIGTERM goes to the API servers, which end their engine cores; a busy MPS client is never killed first.
+        """
+        for engine in self._engines:
+            engine.look()
+        steps = []
+        everything = [one for engine in self._engines for one in engine.known.values()]
+        processes = [engine.process for engine in self._engines]
+        asked = [engine.process.pid for engine in self._engines if engine.process.poll() is None]
+        for engine in self._engines:
+            if engine.process.poll() is None:
+                engine.process.send_signal(signal.SIGTERM)
+        if asked:
+            steps.append(f"SIGTERM to API servers {', '.join(map(str, asked))}")
+        left = wait_gone(everything, timeout_s, processes)
+        if left:
+            steps += end(left, 5.0, processes)
+            left = wait_gone(left, 0.0, processes)
+        if not left:
+            steps.append("all engine processes gone")
+        return steps, [one.pid for one in left]
+
+    def _now(self) -> float:
+        return time.monotonic() - self._origin_s
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _healthy(engine: _Engine) -> bool:
+    try:
+        return engine.request("GET", "/health", timeout_s=2.0)[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _signal_name(code: int | None) -> str:
+    if code is None:
+        return "while its API server lives"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _metrics(text: str) -> tuple[dict[str, float], dict[str, str]]:
+    """Sums of vLLM's metrics over their labels, and the labels of its cache configuration."""
+    values: dict[str, float] = {}
+    cache: dict[str, str] = {}
+    for name, labels, value in _METRIC.findall(text):
+        if name == "vllm:cache_config_info":
+            cache = dict(_LABEL.findall(labels))
+        else:
+            values[name] = values.get(name, 0.0) + float(value)
+    return values, cache
+
+
+def _counters(values: Mapping[str, float], at_s: float) -> ServerCounters:
+    def of(name: str) -> float:
+        return values.get(f"vllm:{name}", 0.0)
+
+    return ServerCounters(
+        at_s=at_s,
+        generation_tokens=of("generation_tokens_total"),
+        prompt_tokens=of("prompt_tokens_total"),
+        prefix_cache_hits=of("prefix_cache_hits_total"),
+        preemptions=of("num_preemptions_total"),
+        engine_steps=of("iteration_tokens_total_count"),
+        running=of("num_requests_running"),
+        waiting=of("num_requests_waiting"),
+    )
+
+
+def _prompt_logprobs(rows: Sequence[Any]) -> list[float]:
+    """The log-probability of every prompt token after the first: the row's entry of the prompt's own token.
+
+    A row maps token ids to entries: the prompt's own token first, then the most likely one.
+    """
+    return [float(next(iter(row.values()))["logprob"]) for row in rows[1:]]
+
+
+def _integer(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None

@@ -1,0 +1,303 @@
+"""Requests to the engines: one load generator process each, on cores of its own, so that none waits for another.
+
+This is the parent's side; what the processes do, and the lines they speak, is in `load_worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+
+import advisor
+from advisor.core.errors import Unfit
+from advisor.core.records import RawLoad, Record, Workload
+from advisor.shell.load_worker import Calibration, LoadConfig, Tick
+
+REQUEST_TIMEOUT_S: Final = 600.0
+SUMMARY_TIMEOUT_S: Final = 30.0
+EXIT_TIMEOUT_S: Final = 5.0
+ABORT_TIMEOUT_S: Final = 2.0
+STDERR_LINES_KEPT: Final = 20
+
+
+class LoadFailed(Unfit):
+    """A load generator cannot go on: it died, could not do its work, or sent what it should not."""
+
+    def __init__(self, engine: int, why: str) -> None:
+        super().__init__(f"the load generator of engine {engine} {why}")
+        self.engine = engine
+
+
+class LoadTimeout(LoadFailed):
+    """A load generator did not answer in time."""
+
+
+class LoadJob(Record, frozen=True):
+    """One engine's share of a workload: `concurrency` of its requests, sent to `base_url`.
+
+    `model` is the name that the engine serves. `decode_tokens` is the output length of the requests of the
+    workload "decode", which are sent once. `cores` replaces the cores that all workers share.
+    """
+
+    engine: int
+    base_url: str
+    model: str
+    workload: Workload
+    concurrency: int
+    decode_tokens: int = 0
+    cores: list[int] | None = None
+
+
+class _Message(Record, frozen=True):
+    ready: Calibration | None = None
+    tick: Tick | None = None
+    result: RawLoad | None = None
+    error: str | None = None
+
+
+class _Worker:
+    """One load generator process. Its output is read by threads, so that it never waits for this process."""
+
+    def __init__(self, config: LoadConfig, env: Mapping[str, str], changed: threading.Condition) -> None:
+        self.engine = config.engine
+        self.ready: Calibration | None = None
+        self.tick: Tick | None = None
+        self.result: RawLoad | None = None
+        self.trouble: str | None = None
+        self._changed = changed
+        self._stderr: deque[str] = deque(maxlen=STDERR_LINES_KEPT)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "advisor.shell.load_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(env),
+            start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
+        )
+        self._threads = [
+            threading.Thread(target=target, name=f"load-{config.engine}", daemon=True)
+            for target in (self._read_stderr, self._read_stdout)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.send(config)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: object) -> None:
+        """Write one line. A worker that is gone does not read it; its end is noticed where its output ends."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
+            self._process.stdin.flush()
+
+    def _read_stderr(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._stderr.append(line.decode(errors="replace").strip())
+
+    def _read_stdout(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._changed:
+                self._take(line)
+                self._changed.notify_all()
+        how = self._how_it_ended()
+        with self._changed:
+            if self.result is None and self.trouble is None:
+                self.trouble = how
+            self._changed.notify_all()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            message = msgspec.json.decode(line, type=_Message)
+        except msgspec.MsgspecError as error:
+            self.trouble = self.trouble or f"sent what is not a message ({error}): {line[:80]!r}"
+            return
+        if message.ready is not None:
+            # Nothing has been sent by now, which makes these zeros counts and not gaps.
+            self.tick = Tick(at_s=0.0, tokens=0, completed=0, failed=0, in_flight=0, cpu_s=0.0)
+        self.ready = message.ready or self.ready
+        self.tick = message.tick or self.tick
+        self.result = message.result or self.result
+        if message.error is not None:
+            self.trouble = f"gave up: {message.error}"
+
+    def _how_it_ended(self) -> str:
+        try:
+            code = self._process.wait(EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "closed its output and lives on"
+        self._threads[0].join(1.0)
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return f"{how}: {self._stderr[-1]}" if self._stderr else how
+
+    def end(self, deadline_s: float) -> None:
+        """Wait for the process until `deadline_s` (monotonic), then kill it; close its pipes."""
+        try:
+            self._process.wait(max(0.0, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait(EXIT_TIMEOUT_S)
+        for thread in self._threads:
+            thread.join(1.0)
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _environment(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` plus where this package lies; a module in the current directory must not hide a library's."""
+    home = str(Path(advisor.__file__).resolve().parent.parent)
+    path = [home, env["PYTHONPATH"]] if env.get("PYTHONPATH") else [home]
+    return {**env, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+
+
+class Load:
+    """The load generators of one trial. As a context manager it leaves no process behind, however it is left.
+
+    Start it from a thread that outlives the trial: Linux ends the workers with the thread that started them.
+    """
+
+    def __init__(self, configs: Sequence[LoadConfig], env: Mapping[str, str]) -> None:
+        self._changed = threading.Condition()
+        self._workers: list[_Worker] = []
+        try:
+            for config in configs:
+                self._workers.append(_Worker(config, env, self._changed))
+        except BaseException:
+            self.abort()
+            raise
+
+    @classmethod
+    def start(
+        cls,
+        jobs: Sequence[LoadJob],
+        *,
+        tokenizer: Path,
+        bin_s: float,
+        origin_s: float,
+        cores: Sequence[int],
+        environment: Mapping[str, str],
+        drain_timeout_s: float,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> Load:
+        """One worker for each job; returns at once.
+
+        `tokenizer` is the path of the served model's tokenizer.json, `origin_s` the `time.monotonic()` of the
+        trial's start, `cores` the CPUs of all workers (empty: not pinned) unless a job names its own,
+        `environment` the workers' whole environment.
+        """
+        configs = [
+            LoadConfig(
+                engine=job.engine,
+                base_url=job.base_url,
+                model=job.model,
+                workload=job.workload,
+                concurrency=job.concurrency,
+                decode_tokens=job.decode_tokens,
+                tokenizer=str(tokenizer.resolve()),
+                bin_s=bin_s,
+                origin_s=origin_s,
+                cores=list(cores if job.cores is None else job.cores),
+                request_timeout_s=request_timeout_s,
+                drain_timeout_s=drain_timeout_s,
+                parent_pid=os.getpid(),
+            )
+            for job in jobs
+        ]
+        return cls(configs, environment)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids in the order of jobs."""
+        return [worker.pid for worker in self._workers]
+
+    def wait_ready(self, timeout_s: float) -> list[Calibration]:
+        """Wait until every worker knows how to make its prompts. Raises LoadFailed, and LoadTimeout after the time."""
+        self._wait(lambda worker: worker.ready is not None, timeout_s, "was not ready")
+        return [worker.ready for worker in self._workers if worker.ready is not None]
+
+    def go(self) -> None:
+        """Start all loads. Call after `wait_ready`."""
+        self._send({"go": True})
+
+    def check(self) -> None:
+        """Raise LoadFailed when a worker is gone or in trouble."""
+        with self._changed:
+            self._raise_trouble()
+
+    def progress(self) -> list[Tick]:
+        """The latest tick of each engine, without waiting. Raises LoadFailed where a worker is gone or not ready."""
+        with self._changed:
+            self._raise_trouble()
+            ticks = []
+            for worker in self._workers:
+                if worker.tick is None:
+                    raise LoadFailed(worker.engine, "is not ready yet; wait for it before asking for progress")
+                ticks.append(worker.tick)
+            return ticks
+
+    def stop(self, window: tuple[float, float] | None, timeout_s: float) -> list[RawLoad]:
+        """Send nothing new, let the requests in flight end, and return what each worker saw, in the order of jobs.
+
+        `window` is the measured part (start, end) in seconds since `origin_s`; None when none was reached. The
+        workers cut off what has not ended after `drain_timeout_s`, so `timeout_s` is at least that; 30 s are
+        added for summing up. Raises LoadFailed, and LoadTimeout after the time.
+        """
+        self._send({"stop": {"window": window}})
+        self._wait(lambda worker: worker.result is not None, timeout_s + SUMMARY_TIMEOUT_S, "had not reported")
+        deadline_s = time.monotonic() + EXIT_TIMEOUT_S
+        for worker in self._workers:
+            worker.end(deadline_s)
+        return [worker.result for worker in self._workers if worker.result is not None]
+
+    def abort(self) -> None:
+        """Close all connections and end all workers now. Does nothing to workers that have ended."""
+        self._send({"abort": True})
+        deadline_s = time.monotonic() + ABORT_TIMEOUT_S
+        for worker in self._workers:
+            worker.end(deadline_s)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        for worker in self._workers:
+            worker.send(message)
+
+    def _wait(self, done: Callable[[_Worker], bool], timeout_s: float, late: str) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: any(worker.trouble for worker in self._workers) or all(map(done, self._workers)), timeout_s
+            )
+            self._raise_trouble()
+            for worker in self._workers:
+                if not done(worker):
+                    raise LoadTimeout(worker.engine, f"{late} after {timeout_s:g} s")
+
+    def _raise_trouble(self) -> None:
+        for worker in self._workers:
+            if worker.trouble is not None:
+                raise LoadFailed(worker.engine, worker.trouble)

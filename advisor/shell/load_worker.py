@@ -1,0 +1,547 @@
+"""One process that keeps one engine busy over streaming HTTP and remembers when each piece came back.
+
+Run as `python -m advisor.shell.load_worker` by `advisor.shell.load`, with JSON lines on stdin and stdout:
+
+    in   {LoadConfig}                      the first line
+    out  {"ready": {Calibration}}          prompts are known to have the right length; nothing counted yet
+    in   {"go": true}                      start
+    out  {"tick": {Tick}}                  every 0.1 s
+    in   {"stop": {"window": [t0, t1]}}    send no more, let what is in flight end; window null: none was reached
+    out  {"result": {RawLoad}}             then exit 0
+    in   {"abort": true}, or end of input  close everything and exit at once
+    out  {"error": "..."}                  instead of any of the above, then exit 1
+
+Every time is in seconds of CLOCK_MONOTONIC, which processes share, since the parent's `origin_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+
+from advisor.core import histogram
+from advisor.core.records import RawLoad, Record, Workload
+from advisor.core.vocabulary import words_of
+from advisor.core.workload import prompt_tokens
+
+TICK_S: Final = 0.1
+RETRY_S: Final = 0.2
+FAILURES_IN_A_ROW_MAX: Final = 50
+ERRORS_KEPT: Final = 5
+ERROR_CHARS: Final = 200
+# Shorter than the 5 s after which vLLM's HTTP server closes an idle connection: never send into a closing one.
+KEEP_ALIVE_S: Final = 2.0
+CALIBRATION_WORDS: Final = 16
+CALIBRATION_TIMEOUT_S: Final = 120.0
+_PR_SET_PDEATHSIG: Final = 1
+
+
+# ---------------------------------------------------------------- what crosses the pipe
+
+
+class LoadConfig(Record, frozen=True):
+    """One engine's share of a workload: `concurrency` requests in flight at a time. `cores` empty: not pinned.
+
+    `decode_tokens` is the output length of every request of the workload "decode"; the others do not use it.
+    """
+
+    engine: int
+    base_url: str
+    model: str
+    workload: Workload
+    concurrency: int
+    decode_tokens: int
+    tokenizer: str  # path of a tokenizer.json
+    bin_s: float
+    origin_s: float
+    cores: list[int]
+    request_timeout_s: float
+    drain_timeout_s: float
+    parent_pid: int
+
+
+class Calibration(Record, frozen=True):
+    """`words` of our own make `prompt_tokens` tokens, as the engine counts them."""
+
+    words: int
+    prompt_tokens: int
+
+
+class Tick(Record, frozen=True):
+    """Progress so far. `tokens` counts content events, one token each unless the server coalesced some.
+
+    `gave_up` is the last error after 50 failures in a row; from then on nothing more is sent.
+    """
+
+    at_s: float
+    tokens: int
+    completed: int
+    failed: int
+    in_flight: int
+    cpu_s: float
+    gave_up: str | None = None
+
+
+class Window(Record, frozen=True):
+    window: tuple[float, float] | None
+
+
+class Command(Record, frozen=True):
+    go: bool = False
+    stop: Window | None = None
+    abort: bool = False
+
+
+class RequestFailed(Exception):
+    """One request did not bring a whole answer."""
+
+
+class WorkerError(Exception):
+    """The load cannot be generated; the text goes to the parent."""
+
+
+# ---------------------------------------------------------------- one request
+
+
+class EventStream:
+    """Counts the server-sent events of one completion, fed with bytes as they come, cut anywhere.
+
+    A content event holds choices. Its JSON is not parsed: inside a JSON string a quote is always escaped, so
+    the bytes of a key cannot be part of the text that the model wrote. Whatever is not plain content (usage,
+    the end mark, errors, comments) is parsed, once per request as a rule.
+    """
+
+    __slots__ = ("_rest", "completion_tokens", "done", "error", "prompt_tokens")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self.completion_tokens: int | None = None
+        self.prompt_tokens: int | None = None
+        self.error: str | None = None
+        self.done = False
+
+    def feed(self, data: bytes) -> int:
+        """Content events that `data` completed. Raises RequestFailed for an event that is not JSON."""
+        if self._rest:
+            data = self._rest + data
+        end = data.rfind(b"\n\n") + 2
+        if end == 1:
+            self._rest = data
+            return 0
+        if end < len(data):
+            self._rest = data[end:]
+            data = data[:end]
+        else:
+            self._rest = b""
+        events = data.count(b"\n\n")
+        if data.count(b'"choices":[{') == events:
+            return events
+        return sum(map(self._parse, data.split(b"\n\n")))
+
+    def _parse(self, event: bytes) -> bool:
+        text = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
+        if not text:
+            return False
+        if text == b"[DONE]":
+            self.done = True
+            return False
+        try:
+            body = json.loads(text)
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise RequestFailed(f"an event that is not a JSON object: {text[:80].decode(errors='replace')}")
+        if body.get("error"):
+            self.error = json.dumps(body["error"])
+        if usage := body.get("usage"):
+            self.completion_tokens = usage.get("completion_tokens")
+            self.prompt_tokens = usage.get("prompt_tokens")
+        return bool(body.get("choices"))
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer. `arrived_s` and `events` run in parallel: when each read came, what it held."""
+
+    sent_s: float
+    arrived_s: array[float] = field(default_factory=lambda: array("d"))
+    events: array[int] = field(default_factory=lambda: array("l"))
+    ended_s: float = 0.0
+    tokens: int | None = None  # output tokens by the server's count, once the answer is whole
+    prompt_tokens: int | None = None
+
+
+class Client:
+    """Sends completions to one engine and counts what streams back."""
+
+    def __init__(self, config: LoadConfig, words: Sequence[str], session: aiohttp.ClientSession) -> None:
+        self._config = config
+        self._words = words
+        self._session = session
+        self._url = f"{config.base_url.rstrip('/')}/v1/completions"
+        self.events = 0
+
+    def now_s(self) -> float:
+        return time.monotonic() - self._config.origin_s
+
+    async def complete(self, exchange: Exchange, prompt: str, max_tokens: int, timeout_s: float) -> None:
+        """Fill `exchange` until the answer is whole. Raises RequestFailed otherwise; what came until then stays."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._stream(exchange, prompt, max_tokens)
+        except TimeoutError as error:
+            raise RequestFailed(f"the answer was not complete after {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        finally:
+            exchange.ended_s = self.now_s()
+
+    async def _stream(self, exchange: Exchange, prompt: str, max_tokens: int) -> None:
+        body = {
+            "model": self._config.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": self._config.workload.temperature,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        stream = EventStream()
+        origin_s = self._config.origin_s
+        clock = time.monotonic
+        async with self._session.post(self._url, json=body) as response:
+            content = response.content
+            if response.status != 200:
+                text = await content.read(4 * ERROR_CHARS)
+                raise RequestFailed(f"HTTP status {response.status}: {text.decode(errors='replace')}")
+            while data := await content.readany():
+                at_s = clock() - origin_s
+                if events := stream.feed(data):
+                    self.events += events
+                    exchange.arrived_s.append(at_s)
+                    exchange.events.append(events)
+        if stream.error is not None:
+            raise RequestFailed(f"the engine sent an error: {stream.error}")
+        if stream.completion_tokens is None or not stream.done:
+            raise RequestFailed(f"the stream ended without {'its end mark' if not stream.done else 'usage'}")
+        if stream.completion_tokens > 0 and not exchange.events:
+            raise RequestFailed(f"{stream.completion_tokens} tokens were reported and none was streamed")
+        exchange.tokens = stream.completion_tokens
+        exchange.prompt_tokens = stream.prompt_tokens
+
+    def prompt(self, rng: random.Random, words: int) -> str:
+        """Fresh text of `words` random words, each one token with the space before it."""
+        return " " + " ".join(rng.choices(self._words, k=words))
+
+    async def calibrate(self) -> Calibration:
+        """How many words make a prompt of the wanted length. Raises WorkerError when no number does.
+
+        A tokenizer may add a constant (a beginning-of-text token). It is found on a short prompt, and the full
+        prompt is then checked.
+        """
+        wanted = prompt_tokens(self._config.workload)
+        rng = random.Random(f"{self._config.workload.seed}/{self._config.engine}/calibration")
+        short = min(wanted, CALIBRATION_WORDS)
+        words = wanted - (await self._count(rng, short) - short)
+        if words < 1:
+            raise WorkerError(f"a prompt of {wanted} tokens leaves no room for a word; ask for a longer one")
+        counted = await self._count(rng, words)
+        if counted != wanted:
+            raise WorkerError(
+                f"a prompt of {words} words is {counted} tokens to the engine, {wanted} were expected: does"
+                f" {self._config.tokenizer} belong to the model that it serves?"
+            )
+        return Calibration(words=words, prompt_tokens=counted)
+
+    async def _count(self, rng: random.Random, words: int) -> int:
+        exchange = Exchange(sent_s=self.now_s())
+        try:
+            await self.complete(exchange, self.prompt(rng, words), 1, CALIBRATION_TIMEOUT_S)
+        except RequestFailed as error:
+            raise WorkerError(f"the calibration request failed: {error}"[: 2 * ERROR_CHARS]) from error
+        if exchange.prompt_tokens is None:
+            raise WorkerError("the calibration request failed: its usage names no prompt tokens")
+        return exchange.prompt_tokens
+
+
+# ---------------------------------------------------------------- the closed loop
+
+
+class ClosedLoop:
+    """Slots that each send the next request when their last one has ended."""
+
+    def __init__(self, config: LoadConfig, client: Client, words: int) -> None:
+        self._config = config
+        self._client = client
+        self._words = words
+        self._stopping = asyncio.Event()
+        self._failed_in_a_row = 0
+        self._first_bin = int(client.now_s() / config.bin_s)
+        self._slots = [asyncio.create_task(self._slot(index)) for index in range(config.concurrency)]
+        self.exchanges: list[Exchange] = []
+        self.errors: list[str] = []
+        self.completed = 0
+        self.failed = 0
+        self.in_flight = 0
+        self.gave_up: str | None = None
+
+    async def _slot(self, index: int) -> None:
+        workload = self._config.workload
+        rng = random.Random(f"{workload.seed}/{self._config.engine}/{index}")
+        # Without different first lengths all slots would end, and be prefilled, in the same steps for ever.
+        staggered = workload.kind == "serve"
+        full = {"serve": workload.osl, "prefill": 1, "decode": self._config.decode_tokens}[workload.kind]
+        while not self._stopping.is_set():
+            done = await self._attempt(rng, rng.randint(1, full) if staggered else full)
+            if workload.kind == "decode":
+                return
+            if done:
+                staggered = False
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), RETRY_S)
+
+    async def _attempt(self, rng: random.Random, max_tokens: int) -> bool:
+        prompt = self._client.prompt(rng, self._words)
+        exchange = Exchange(sent_s=self._client.now_s())
+        self.exchanges.append(exchange)
+        self.in_flight += 1
+        try:
+            await self._client.complete(exchange, prompt, max_tokens, self._config.request_timeout_s)
+        except RequestFailed as error:
+            self._note_failure(str(error))
+            return False
+        finally:
+            self.in_flight -= 1
+        self.completed += 1
+        self._failed_in_a_row = 0
+        return True
+
+    def _note_failure(self, text: str) -> None:
+        self.failed += 1
+        self._failed_in_a_row += 1
+        text = text[:ERROR_CHARS]
+        if len(self.errors) < ERRORS_KEPT:
+            self.errors.append(text)
+        if self._failed_in_a_row >= FAILURES_IN_A_ROW_MAX and self.gave_up is None:
+            self.gave_up = text
+            self._stopping.set()
+
+    async def drain(self) -> None:
+        """Send nothing new, wait for what is in flight, then cut off what has not ended by the time limit."""
+        self._stopping.set()
+        if self._slots:
+            _, late = await asyncio.wait(self._slots, timeout=self._config.drain_timeout_s)
+            for task in late:
+                task.cancel()
+            for outcome in await asyncio.gather(*self._slots, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    raise outcome
+
+    def tick(self) -> Tick:
+        return Tick(
+            at_s=self._client.now_s(),
+            tokens=self._client.events,
+            completed=self.completed,
+            failed=self.failed,
+            in_flight=self.in_flight,
+            cpu_s=time.process_time(),
+            gave_up=self.gave_up,
+        )
+
+    def result(self, window: tuple[float, float] | None) -> RawLoad:
+        """Everything seen. What was cut off at the end of the drain is sent, neither completed nor failed.
+
+        Bins lie on multiples of `bin_s` since the origin, so that those of all engines cover each other.
+        """
+        config = self._config
+        bins = int(self._client.now_s() / config.bin_s) - self._first_bin + 1
+        tokens, first_tokens, completions = [0.0] * bins, [0] * bins, [0] * bins
+        ttft, itl, e2e = histogram.empty(), histogram.empty(), histogram.empty()
+        whole = [exchange for exchange in self.exchanges if exchange.tokens is not None]
+        streamed = sum(sum(exchange.events) for exchange in whole)
+        output = sum(exchange.tokens or 0 for exchange in whole)
+        # An answer without its usage says nothing of how many tokens its events carried: as many as the others'.
+        usual = output / streamed if streamed else 1.0
+
+        def bin_of(at_s: float) -> int:
+            return int(at_s / config.bin_s) - self._first_bin
+
+        def inside(at_s: float) -> bool:
+            return window is not None and window[0] <= at_s < window[1]
+
+        for exchange in self.exchanges:
+            each = usual if exchange.tokens is None else exchange.tokens / max(1, sum(exchange.events))
+            last_s = None
+            for at_s, events in zip(exchange.arrived_s, exchange.events, strict=True):
+                tokens[bin_of(at_s)] += events * each
+                if last_s is None:
+                    first_tokens[bin_of(at_s)] += 1
+                    if inside(at_s):
+                        histogram.add(ttft.counts, at_s - exchange.sent_s)
+                elif inside(at_s):
+                    histogram.add(itl.counts, at_s - last_s)
+                if events > 1 and inside(at_s):
+                    histogram.add(itl.counts, 0.0, events - 1)
+                last_s = at_s
+            if exchange.tokens is not None:
+                completions[bin_of(exchange.ended_s)] += 1
+                if inside(exchange.ended_s):
+                    histogram.add(e2e.counts, exchange.ended_s - exchange.sent_s)
+        prompts = [exchange.prompt_tokens for exchange in whole if exchange.prompt_tokens is not None]
+        return RawLoad(
+            engine=config.engine,
+            bins_start_s=self._first_bin * config.bin_s,
+            bin_s=config.bin_s,
+            tokens=[round(value, 4) for value in tokens],
+            first_tokens=first_tokens,
+            completions=completions,
+            sent=len(self.exchanges),
+            completed=self.completed,
+            failed=self.failed,
+            errors=self.errors,
+            chunks=sum(sum(exchange.events) for exchange in self.exchanges),
+            output_tokens=output,
+            prompt_tokens_min=min(prompts, default=None),
+            prompt_tokens_max=max(prompts, default=None),
+            ttft=ttft,
+            itl=itl,
+            e2e=e2e,
+        )
+
+
+# ---------------------------------------------------------------- the process
+
+
+class Parent:
+    """The pipe to the process that started this one."""
+
+    def __init__(self, commands: asyncio.StreamReader) -> None:
+        self._commands = commands
+        self.go = asyncio.Event()
+        self.stop: asyncio.Future[Window] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def connect(cls) -> Parent:
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        return cls(reader)
+
+    async def config(self) -> LoadConfig:
+        line = await self._commands.readline()
+        try:
+            return msgspec.json.decode(line, type=LoadConfig)
+        except msgspec.MsgspecError as error:
+            raise WorkerError(f"the first line is not a load configuration: {error}") from error
+
+    async def listen(self) -> None:
+        """Take commands. Leaves the process at an abort and when the parent is gone: connections close with it."""
+        while line := await self._commands.readline():
+            try:
+                command = msgspec.json.decode(line, type=Command)
+            except msgspec.MsgspecError as error:
+                send({"error": f"a command that is not one: {error}"})
+                break
+            if command.abort:
+                break
+            if command.go:
+                self.go.set()
+            if command.stop is not None and not self.stop.done():
+                self.stop.set_result(command.stop)
+        os._exit(1)
+
+
+def allow_a_connection_per_slot() -> None:
+    """Raise the soft limit of open files, 1024 on most machines, to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def send(message: dict[str, Any]) -> None:
+    """Write one line to the parent, all of it."""
+    os.set_blocking(1, True)
+    rest = memoryview(msgspec.json.encode(message) + b"\n")
+    while rest:
+        rest = rest[os.write(1, rest) :]
+
+
+async def send_ticks(loop: ClosedLoop) -> None:
+    """A tick is below a pipe's atomic size: where the parent does not read it is dropped, and never waited for."""
+    while True:
+        os.set_blocking(1, False)
+        with contextlib.suppress(BlockingIOError):
+            os.write(1, msgspec.json.encode({"tick": loop.tick()}) + b"\n")
+        await asyncio.sleep(TICK_S)
+
+
+@contextlib.contextmanager
+def running(*coroutines: Any) -> Iterator[None]:  # noqa: ANN401  (a coroutine of any kind)
+    """Background work for as long as the block lasts."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def serve(parent: Parent) -> None:
+    """Calibrate, wait for the word, load the engine until told to stop, report."""
+    config = await parent.config()
+    if os.getppid() != config.parent_pid:
+        return
+    with running(parent.listen()):
+        try:
+            if config.cores:
+                os.sched_setaffinity(0, config.cores)
+            allow_a_connection_per_slot()
+            words = words_of(json.loads(Path(config.tokenizer).read_bytes()))
+        except (OSError, ValueError) as error:
+            raise WorkerError(f"{type(error).__name__}: {error}") from error
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        unlimited = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
+        async with aiohttp.ClientSession(connector=connector, timeout=unlimited) as session:
+            client = Client(config, words, session)
+            calibration = await client.calibrate()
+            client.events = 0
+            gc.collect()
+            gc.freeze()  # the vocabulary is not worth walking through again while chunks arrive
+            send({"ready": calibration})
+            await parent.go.wait()
+            loop = ClosedLoop(config, client, calibration.words)
+            with running(send_ticks(loop)):
+                window = (await parent.stop).window
+                await loop.drain()
+            send({"result": loop.result(window)})
+
+
+async def main() -> int:
+    parent = await Parent.connect()
+    try:
+        await serve(parent)
+    except WorkerError as error:
+        send({"error": str(error)})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    sys.exit(asyncio.run(main()))

@@ -1,0 +1,75 @@
+"""The Runner that stands in for a GPU: it looks recorded trials up and never makes one up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from advisor.core.errors import NotRecorded
+from advisor.core.records import Manifest, ModelFacts, RawTrial, TrialSpec, Workload
+from advisor.core.tried import key, slug
+from advisor.shell.resources import data_directory
+from advisor.shell.store import MANIFEST, RunFolder
+
+
+class Replay:
+    """Answers with the recorded trial whose spec is equal; raises NotRecorded when there is none."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._recorded = folder.recorded()
+
+    def run(self, spec: TrialSpec) -> RawTrial:
+        found = self._recorded.get(key(spec))
+        if found is None:
+            raise NotRecorded(
+                f"{self.folder.path.name} holds no trial “{slug(spec)}” as this question needs it; it holds: "
+                + ", ".join(slug(raw.spec) for raw in self._recorded.values())
+            )
+        return found
+
+
+def shipped_runs() -> list[RunFolder]:
+    """The recorded runs that come with the package, by name."""
+    return [RunFolder(path.parent) for path in sorted(data_directory().glob(f"*/{MANIFEST}"))]
+
+
+def describe(manifest: Manifest) -> str:
+    workload = manifest.question.workload
+    return (
+        f"{manifest.model.name} --ctx {workload.isl} --osl {workload.osl} --workload {workload.kind} "
+        f"--concurrency {workload.concurrency} ({manifest.gpu.name})"
+    )
+
+
+def choose(model: str | None, workload: Workload | None) -> RunFolder:
+    """The shipped run that fits a question exactly. Raises NotRecorded that lists what there is."""
+    runs = [(folder, folder.manifest()) for folder in shipped_runs()]
+    for folder, manifest in runs:
+        if fits(manifest, model, workload):
+            return folder
+    listing = "\n".join(f"  {describe(manifest)}" for _, manifest in runs) or "  none"
+    raise NotRecorded(f"no recorded run fits this question; those that are shipped:\n{listing}")
+
+
+def fits(manifest: Manifest, model: str | None, workload: Workload | None) -> bool:
+    """Whether a recorded run answers this question. None leaves a side open."""
+    same_model = model is None or _same_model(model, manifest.model)
+    asked = manifest.question.workload
+    return same_model and (
+        workload is None
+        or (workload.kind, workload.isl, workload.osl, workload.concurrency)
+        == (asked.kind, asked.isl, asked.osl, asked.concurrency)
+    )
+
+
+def _same_model(asked: str, recorded: ModelFacts) -> bool:
+    name = recorded.name.lower()
+    return asked.lower() in (name, name.rpartition("/")[2])
+
+
+def open_run(path: Path) -> RunFolder:
+    """A run folder that the user names."""
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise NotRecorded(f"{path} is no run folder: it holds no {MANIFEST}")
+    return folder

@@ -1,0 +1,125 @@
+"""Run folders: a manifest and one file per trial, append-only, each written under another name and renamed.
+
+    run/manifest.json
+    run/trials/000-1-engine-no-mps.json.gz
+    run/trials/001-…
+
+Nothing here is an aggregate: everything a report says is computed from these files again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from advisor.core.errors import DamagedRecord, Unfit
+from advisor.core.records import SCHEMA_VERSION, Manifest, RawTrial, Record
+from advisor.core.tried import key, slug
+
+MANIFEST = "manifest.json"
+TRIALS = "trials"
+# A recorded trial is some hundred KB unpacked; anything far beyond that is not ours.
+MAX_UNPACKED_BYTES = 64 << 20
+
+R = TypeVar("R", bound=Record)
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunFolder:
+    """One profile on disk. Files that end in `.tmp` were never finished and are ignored."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    def create(self, manifest: Manifest) -> None:
+        """Start a run. Raises Unfit when the folder already holds one or cannot be written."""
+        if self.exists:
+            raise Unfit(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
+        try:
+            (self.path / TRIALS).mkdir(parents=True, exist_ok=True)
+            write(self.path / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        except OSError as error:
+            raise Unfit(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
+
+    def manifest(self) -> Manifest:
+        path = self.path / MANIFEST
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise Unfit(
+                f"{path} cannot be read: {error.strerror}; a run folder with a {MANIFEST} is expected"
+            ) from error
+        return _decode(data, Manifest, path)
+
+    def trials(self) -> list[RawTrial]:
+        """Every finished trial, in the order in which they were run."""
+        found = sorted((self.path / TRIALS).glob("*.json.gz"))
+        return [_decode(_unpack(path), RawTrial, path) for path in found]
+
+    def append(self, raw: RawTrial) -> Path:
+        folder = self.path / TRIALS
+        number = len(list(folder.glob("*.json.gz")))
+        path = folder / f"{number:03d}-{slug(raw.spec)}.json.gz"
+        try:
+            # mtime=0: the same evidence is the same file, byte for byte.
+            write(path, gzip.compress(msgspec.json.encode(raw), compresslevel=9, mtime=0))
+        except OSError as error:
+            raise Unfit(f"cannot record {path}: {error.strerror}; free some space and go on with --resume") from error
+        return path
+
+    def recorded(self) -> dict[str, RawTrial]:
+        """Finished trials by the identity of their spec."""
+        return {key(raw.spec): raw for raw in self.trials()}
+
+
+def _unpack(path: Path) -> bytes:
+    try:
+        packed = path.read_bytes()
+        unpacker = zlib.decompressobj(wbits=31)
+        data = unpacker.decompress(packed, MAX_UNPACKED_BYTES)
+    except OSError as error:
+        raise Unfit(f"{path} cannot be read: {error.strerror}") from error
+    except zlib.error as error:
+        raise DamagedRecord(
+            f"{path} is damaged ({error}); restore it, or remove it and run again with --resume"
+        ) from None
+    if not unpacker.eof or unpacker.unused_data:
+        raise DamagedRecord(f"{path} is cut short or too long; restore it, or remove it and run again with --resume")
+    return data
+
+
+def _decode(data: bytes, kind: type[R], path: Path) -> R:
+    """Decode one record. Raises Unfit for a newer version, DamagedRecord naming file and field otherwise."""
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        if version > SCHEMA_VERSION:
+            raise Unfit(
+                f"{path} has schema version {version}; this mps-advisor knows {SCHEMA_VERSION}: update mps-advisor"
+            )
+        if version < 1:
+            raise DamagedRecord(f"{path} is damaged: schema_version is {version}, expected {SCHEMA_VERSION}")
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedRecord(f"{path} is damaged: {error}; restore it, or remove it and run again") from None

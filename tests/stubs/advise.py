@@ -1,0 +1,36 @@
+"""Runs the command line as a user would, on a machine that looks like the GPU machine but is not one.
+
+Cores are listed several times over, so that a small machine can place several engines; windows are short.
+Everything else (processes, daemon, sockets, signals, files) is real.
+"""
+
+import sys
+
+import advisor.profiling
+from advisor.cli import main
+from advisor.core.records import HostFacts, Protocol
+from advisor.shell import host
+
+
+def _facts(numa_node: int | None) -> HostFacts:
+    return HostFacts(
+        cpu="test", cores=[0, *[0] * 15], threads_per_core=1, memory_bytes=1 << 36, kernel="test", numa_node=numa_node
+    )
+
+
+def _protocol() -> Protocol:
+    return Protocol(
+        warmup_min_s=0.3,
+        measure_min_s=1.2,
+        engine_start_timeout_s=8.0,
+        stall_timeout_s=3.0,
+        drain_timeout_s=10.0,
+        teardown_timeout_s=6.0,
+        gpm_interval_s=0.2,
+    )
+
+
+host.facts = _facts
+advisor.profiling.Protocol = _protocol
+if __name__ == "__main__":
+    sys.exit(main())
