@@ -35,9 +35,10 @@ from advisor.core.records import (
     WorkloadKind,
 )
 from advisor.core.vocabulary import words_of
+from advisor.core.weights import Tensor, tensors
 from advisor.core.workload import as_served
 from advisor.report.as_json import dumps
-from advisor.shell import hub, replay
+from advisor.shell import hub, replay, weights
 from advisor.shell.resources import load_yaml
 from advisor.shell.store import RunFolder, write
 
@@ -89,8 +90,8 @@ def _find_model(asked: Asked) -> tuple[ModelFacts, hub.Found]:
     if asked.model is None:
         raise BadQuestion("--model is missing; give a Hugging Face id, a folder with config.json, or a shipped name")
     found = hub.find_model(asked.model, asked.weights)
-    weights: Literal["real", "dummy"] = "dummy" if found.folder is None else "real"
-    model = facts(found.name, found.config, asked.dtype, asked.quantization, asked.kv_cache_dtype, weights)
+    kind: Literal["real", "dummy"] = "dummy" if found.folder is None else "real"
+    model = facts(found.name, found.config, asked.dtype, asked.quantization, asked.kv_cache_dtype, kind)
     return model, found
 
 
@@ -210,18 +211,21 @@ def live(asked: Asked, console: Console) -> Report:
     vllm = vllm_version()
     if vllm is None and not asked.vllm:
         raise Unfit("vLLM is not installed here; pip install 'mps-advisor[gpu]', or see --replay auto")
-    manifest = _manifest(
-        question, model, gpu, machine, _settings(model, gpu, question), _software(vllm, torch_version())
-    )
-    folder = RunFolder(asked.out or _default_folder(manifest))
-    if asked.resume:
-        manifest = _resumed(folder, manifest, asked.out)
-    else:
-        folder.create(manifest)
-
+    base = _settings(model, gpu, question)
     scratch = scratch_directory()
     try:
+        stand_ins = _stand_ins(model, scratch)
+        if stand_ins is not None:
+            base = msgspec.structs.replace(base, load_format="auto")
+        manifest = _manifest(question, model, gpu, machine, base, _software(vllm, torch_version()))
+        folder = RunFolder(asked.out or _default_folder(manifest))
+        if asked.resume:
+            manifest = _resumed(folder, manifest, asked.out)
+        else:
+            folder.create(manifest)
         model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
+        if stand_ins is not None:
+            weights.write(stand_ins, model.dtype, model_folder)
         tokenizer = model_folder / "tokenizer.json"
         place = Place(
             manifest=manifest,
@@ -240,6 +244,14 @@ def live(asked: Asked, console: Console) -> Report:
         shutil.rmtree(scratch, ignore_errors=True)
     write(folder.path / "report.json", dumps(report).encode())
     return report
+
+
+def _stand_ins(model: ModelFacts, scratch: Path) -> list[Tensor] | None:
+    """The stand-in weights to write for a model that has none here; None where vLLM has to make its own."""
+    if model.weights == "real":
+        return None
+    wanted = tensors(model)
+    return wanted if wanted is not None and weights.room_for(wanted, scratch) else None
 
 
 def _resumed(folder: RunFolder, fresh: Manifest, out: Path | None) -> Manifest:

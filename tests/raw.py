@@ -52,7 +52,7 @@ def settings(**changes):
         dtype="bfloat16",
         quantization=None,
         kv_cache_dtype="auto",
-        load_format="dummy",
+        load_format="auto",
     )
     return msgspec.structs.replace(default, **changes)
 

@@ -6,6 +6,7 @@ import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from tokenizers import Tokenizer
@@ -121,7 +122,7 @@ def test_a_damaged_index_means_no_weights(tmp_path):
 
 
 def test_a_folder_without_a_configuration_is_a_bad_question(tmp_path):
-    with pytest.raises(BadQuestion, match="holds no config.json"):
+    with pytest.raises(BadQuestion, match=r"holds no config\.json"):
         find_model(str(tmp_path))
 
 
@@ -194,7 +195,7 @@ def test_an_unknown_name_offline_is_a_bad_question_that_says_what_was_looked_at(
 class Hub(BaseHTTPRequestHandler):
     """The two requests of a download, for one repository; every other name is unknown."""
 
-    asked: list[str] = []
+    asked: ClassVar[list[str]]
     silent: threading.Event | None = None
 
     def do_HEAD(self):
@@ -226,7 +227,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     class Handler(Hub):
-        asked = []
+        asked: ClassVar[list[str]] = []
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

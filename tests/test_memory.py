@@ -1,4 +1,5 @@
 import functools
+
 import msgspec
 import pytest
 from hypothesis import given

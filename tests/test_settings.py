@@ -1,4 +1,5 @@
 import functools
+import itertools
 import json
 
 import msgspec
@@ -195,7 +196,7 @@ def test_what_memory_grants_always_makes_valid_settings(memory_gib, isl, osl, en
 
 def test_the_arguments_state_every_setting():
     arguments = serve_arguments(settings())
-    pairs = dict(zip(arguments, arguments[1:], strict=False))
+    pairs = dict(itertools.pairwise(arguments))
     assert pairs["--max-num-batched-tokens"] == "8192"
     assert pairs["--max-num-seqs"] == "1024"
     assert pairs["--max-cudagraph-capture-size"] == "512"

@@ -42,7 +42,7 @@ SETTINGS = EngineSettings(
     dtype="bfloat16",
     quantization=None,
     kv_cache_dtype="auto",
-    load_format="dummy",
+    load_format="auto",
 )
 SERVE = (
     "vllm serve acme/tiny-0.5B --port {port} --max-num-batched-tokens 8192 --max-num-seqs 1024 "

@@ -32,7 +32,7 @@ def conclude(
     manifest: Manifest, tried: Sequence[Tried], left_out: Sequence[LeftOut], *, created: str, replayed: bool
 ) -> Report:
     """The whole report, from judged trials alone."""
-    loads = _judge_logprobs([one for one in tried if one.spec.kind == "load"])
+    loads = _judge_logprobs(_last_attempts(tried))
     checks = [one for one in tried if one.spec.kind == "numerics"]
     default = _find(loads, engines=1, mps=False)
     best_without = max((one for one in loads if one.ok and not one.spec.mps), key=lambda one: one.rate, default=None)
@@ -59,6 +59,17 @@ def conclude(
         timeline=_timeline(tried),
         question=manifest.question,
     )
+
+
+def _last_attempts(tried: Sequence[Tried]) -> list[Tried]:
+    """The load trials, without those that were rejected and run once more."""
+    loads = [one for one in tried if one.spec.kind == "load"]
+    last = {_configuration(one): one for one in loads}
+    return [one for one in loads if last[_configuration(one)] is one]
+
+
+def _configuration(one: Tried) -> tuple[int, bool, int | None]:
+    return one.spec.engines, one.spec.mps, one.spec.thread_percentage
 
 
 def _find(loads: Sequence[Tried], *, engines: int, mps: bool) -> Tried | None:
@@ -333,6 +344,16 @@ def _cautions(manifest: Manifest, tried: Sequence[Tried]) -> list[Caution]:
     for caution, where in seen.values():
         more = f" (and {len(where) - 1} more trials)" if len(where) > 1 else ""
         cautions.append(Caution(code=caution.code, text=f"{where[0]}{more}: {caution.text}", remedy=caution.remedy))
+    last = _last_attempts(tried)
+    cautions += [
+        Caution(
+            code="repeated",
+            text=f"{slug(one.spec)} was rejected and run once more: {one.why}",
+            remedy="Nothing, when it stays a rarity; else keep other work off this machine.",
+        )
+        for one in tried
+        if one.spec.kind == "load" and one not in last
+    ]
     if manifest.model.weights == "dummy":
         cautions.append(
             Caution(

@@ -114,9 +114,9 @@ class Protocol(Record, frozen=True):
     """How a trial is run. One turnover is `concurrency` requests' worth of output tokens."""
 
     warmup_turnovers: float = 2.0
-    measure_turnovers: float = 3.0
+    measure_turnovers: float = 4.0
     warmup_min_s: float = 4.0
-    measure_min_s: float = 12.0
+    measure_min_s: float = 15.0
     window_max_s: float = 150.0
     bin_s: float = 0.1
     gpm_interval_s: float = 0.5

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+import msgspec
+
 from advisor.core import cores, memory, numerics, settings
 from advisor.core.records import EngineSettings, Manifest, Outcome, Record, TrialSpec
 from advisor.core.tried import Tried
@@ -36,7 +38,7 @@ Search = Generator[TrialSpec, Tried, list[LeftOut]]
 def decide(manifest: Manifest) -> Search:
     """Walk the candidates in order: default, 2 without MPS, 2, 3, 4 … under MPS, then the winner's variants."""
     left_out: list[LeftOut] = []
-    default = yield load_spec(manifest, 1, mps=False)
+    default = yield from _measured(load_spec(manifest, 1, mps=False))
 
     without_mps: set[int] = set()
     if refusal := _refusal(manifest, 2):
@@ -45,7 +47,7 @@ def decide(manifest: Manifest) -> Search:
             for mps in (False, True)
         ]
     else:
-        yield load_spec(manifest, 2, mps=False)
+        yield from _measured(load_spec(manifest, 2, mps=False))
         without_mps.add(2)
 
         under_mps = yield from _grow(manifest, default.rate, left_out)
@@ -53,12 +55,20 @@ def decide(manifest: Manifest) -> Search:
         if winner is not None:
             engines = winner.spec.engines
             if engines not in without_mps:
-                yield load_spec(manifest, engines, mps=False)
+                yield from _measured(load_spec(manifest, engines, mps=False))
             yield from _thread_percentages(manifest, winner, left_out)
 
     # What MPS itself costs. Last, because no verdict waits for it.
-    yield load_spec(manifest, 1, mps=True)
+    yield from _measured(load_spec(manifest, 1, mps=True))
     return left_out
+
+
+def _measured(spec: TrialSpec) -> Generator[TrialSpec, Tried, Tried]:
+    """One trial, and once more when its evidence had to be rejected: a disturbance may have passed."""
+    result = yield spec
+    if result.outcome == "invalid":
+        result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
+    return result
 
 
 def _grow(manifest: Manifest, one_engine: float, left_out: list[LeftOut]) -> Generator[TrialSpec, Tried, list[Tried]]:
@@ -74,7 +84,7 @@ def _grow(manifest: Manifest, one_engine: float, left_out: list[LeftOut]) -> Gen
                 LeftOut(engines=engines, mps=True, thread_percentage=None, outcome=refusal[0], why=refusal[1])
             )
             return tried
-        result = yield load_spec(manifest, engines, mps=True)
+        result = yield from _measured(load_spec(manifest, engines, mps=True))
         tried.append(result)
         if result.outcome == "oom":
             why = f"{engines} engines already ran out of memory"
@@ -101,8 +111,7 @@ def _thread_percentages(manifest: Manifest, winner: Tried, left_out: list[LeftOu
     wanted = percentages(manifest, engines)
     if not wanted:
         return left_out
-    if manifest.model.quantization is not None:
-        why = "the numerics check covers unquantised products only"
+    if why := _cannot_check(manifest):
         left_out += [_left(engines, p, "skipped", why) for p in wanted]
         return left_out
     checked = yield numerics_spec(manifest, wanted)
@@ -116,8 +125,17 @@ def _thread_percentages(manifest: Manifest, winner: Tried, left_out: list[LeftOu
             outcome: Outcome = "skipped" if verdict.worst_error is None else "wrong_results"
             left_out.append(_left(engines, percentage, outcome, verdict.why or "", verdict.worst_error))
             continue
-        yield load_spec(manifest, engines, mps=True, percentage=percentage)
+        yield from _measured(load_spec(manifest, engines, mps=True, percentage=percentage))
     return left_out
+
+
+def _cannot_check(manifest: Manifest) -> str:
+    """Why no percentage of this model can be shown to compute correctly; empty when it can."""
+    if manifest.model.quantization is not None:
+        return "the numerics check covers unquantised products only"
+    if manifest.settings.load_format == "dummy":
+        return "vLLM's own dummy weights depend on the number of SMs, so restricted engines cannot be compared"
+    return ""
 
 
 def _left(engines: int, percentage: int, outcome: Outcome, why: str, error: float | None = None) -> LeftOut:

@@ -32,6 +32,8 @@ TOKEN_MISMATCH_MAX = 0.05
 LOAD_BOUND_PCT = 90.0
 LOAD_BUSY_PCT = 70.0
 FAIR_SHARE_MIN = 0.7
+# Two halves of at least two turnovers each differ by less than this in steady state; more is a level shift.
+UNSTEADY_LOG = 0.15
 STEAL_SHARE_MAX = 0.01
 COALESCED_MAX = 1.05
 MEMORY_LEFT_BYTES = 512 * 2**20
@@ -67,7 +69,8 @@ def judge(raw: RawTrial) -> list[Fault]:
     Codes: the trial's own ending (`oom` `crash` `timeout` `not_attached` `refused`) · `damaged` `no_window`
     `no_evidence` · `not_attached` `foreign_client` `no_daemon` `server_changed` `mps_present` `foreign_process` ·
     `missing_engine` `engine_died` `kv_unknown` `unequal_kv` `settings_differ` · `prompt_length` `failed_requests`
-    `bins_short` `short_window` `short_warmup` `not_steady` `stalled` `prefix_hits` `tokens_disagree` `load_bound`.
+    `bins_short` `short_window` `short_warmup` `unsteady` `not_steady` `stalled` `prefix_hits` `tokens_disagree`
+    `load_bound`.
     A trial that did not complete, or whose evidence is damaged, gets that one fault: nothing else could be trusted.
     """
     if raw.ended != "completed":
@@ -336,6 +339,15 @@ def _length_faults(
             code="short_window",
             text=f"the window holds {measured:.2f} turnovers of the requests in flight, "
             f"{protocol.measure_turnovers:g} are needed",
+        )
+    middle = (start + end) / 2
+    halves = tokens_between(raw.loads, start, middle), tokens_between(raw.loads, middle, end)
+    if min(halves) <= 0 or abs(math.log(halves[1] / halves[0])) > UNSTEADY_LOG:
+        change = halves[1] / halves[0] - 1 if halves[0] > 0 else math.inf
+        yield Fault(
+            code="unsteady",
+            text=f"throughput changed by {change:+.0%} from the first half of the window to the second: "
+            "this was no steady state",
         )
     first_s = min(load.bins_start_s for load in raw.loads)
     warm = tokens_between(raw.loads, first_s, start) / turnover

@@ -249,6 +249,6 @@ def _list_shipped() -> str:
 
 def _unknown(name: str, looked: list[str]) -> BadQuestion:
     return BadQuestion(
-        f"unknown model {name[:200]!r}: {'; '.join(looked)}. Give a folder with its {CONFIG}, or one of the shipped models: "
-        f"{_list_shipped()}"
+        f"unknown model {name[:200]!r}: {'; '.join(looked)}. Give a folder with its {CONFIG}, or one of the shipped "
+        f"models: {_list_shipped()}"
     )

@@ -25,6 +25,7 @@ from advisor.core.errors import Unfit
 from advisor.core.records import RawLoad, Record, Workload
 from advisor.shell.load_worker import Calibration, LoadConfig, Tick
 
+WORKER: Final = [sys.executable, "-m", "advisor.shell.load_worker"]
 REQUEST_TIMEOUT_S: Final = 600.0
 SUMMARY_TIMEOUT_S: Final = 30.0
 EXIT_TIMEOUT_S: Final = 5.0
@@ -79,7 +80,7 @@ class _Worker:
         self._changed = changed
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES_KEPT)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "advisor.shell.load_worker"],
+            WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -145,7 +145,7 @@ class LoadTrial:
         except EngineFailed as failure:
             self._fail(failure.ended, failure.detail)
         except LoadFailed as failure:
-            self._fail("crash", f"load generator: {failure}")
+            self._fail("crash", str(failure))
         except mps.MpsQueryError as failure:
             self._fail("crash", f"MPS: {failure}")
         finally:
@@ -182,7 +182,7 @@ class LoadTrial:
         self._window()
         self._clock.stage("drain")
         if self._load is not None and self._seen.window is not None:
-            self._seen.loads = self._load.stop(self._seen.window, self._protocol.drain_timeout_s + 30.0)
+            self._seen.loads = self._load.stop(self._seen.window, self._protocol.drain_timeout_s)
 
     def _start_daemon(self) -> dict[str, str]:
         if not self._spec.mps:
@@ -328,6 +328,9 @@ class LoadTrial:
     def _tokens(self) -> tuple[int, int]:
         assert self._load is not None
         ticks = self._load.progress()
+        for tick in ticks:
+            if tick.gave_up is not None:
+                raise EngineFailed("crash", 0, f"the engines refuse the load: {tick.gave_up}")
         return sum(tick.tokens for tick in ticks), sum(tick.completed for tick in ticks)
 
     # -- evidence

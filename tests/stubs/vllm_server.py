@@ -554,7 +554,7 @@ class Server:
     # -- HTTP
 
     async def connection(self, reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await self.exchange(reader, writer):
                 pass
         with contextlib.suppress(ConnectionError):
