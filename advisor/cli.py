@@ -222,7 +222,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 def main() -> None:
     """Run the command line; every failure that a user can act on is one line on stderr."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a script that starts us in the background has it ignored, and would have no way to stop us cleanly.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)

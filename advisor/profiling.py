@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -36,7 +37,7 @@ from advisor.core.records import (
 )
 from advisor.core.vocabulary import words_of
 from advisor.core.weights import Tensor, tensors
-from advisor.core.workload import as_served
+from advisor.core.workload import as_served, spread
 from advisor.report.as_json import dumps
 from advisor.shell import hub, replay, weights
 from advisor.shell.resources import load_yaml
@@ -77,9 +78,12 @@ def _workload(asked: Asked) -> Workload:
     return Workload(kind=asked.workload, isl=asked.ctx, osl=osl, concurrency=asked.concurrency)
 
 
-def _question(asked: Asked) -> Question:
+def _question(asked: Asked, model: ModelFacts) -> Question:
+    workload = _workload(asked)
+    check_context(model, workload.isl, workload.osl)
+    apart = spread(workload.kind, workload.isl, workload.osl, model.max_context)
     return Question(
-        workload=_workload(asked),
+        workload=msgspec.structs.replace(workload, osl_spread=apart),
         max_engines=asked.max_engines,
         thread_percentages=asked.thread_percentages,
         min_gain=asked.min_gain,
@@ -145,8 +149,8 @@ def plan(asked: Asked, *, as_json: bool) -> str:
 
     from advisor.report import plan as text
 
-    question = _question(asked)
     model, _ = _find_model(asked)
+    question = _question(asked, model)
     gpu, host, assumed = _machine_for_plan(asked.gpu)
     base = _settings(model, gpu, question)
     manifest = _manifest(question, model, gpu, host, base, _software(None))
@@ -193,8 +197,8 @@ def live(asked: Asked, console: Console) -> Report:
     from advisor.shell.progress import Progress
     from advisor.shell.trial import Place, default_vllm_command
 
-    question = _question(asked)
     model, found = _find_model(asked)
+    question = _question(asked, model)
     with Nvml() as nvml:
         gpu = nvml.find(asked.gpu)
         machine = host.facts(nvml.numa_node(gpu.uuid))
@@ -206,7 +210,7 @@ def live(asked: Asked, console: Console) -> Report:
             "(nvidia-smi -c DEFAULT, by its administrator)"
         )
     control = mps.binaries().control
-    refuse_unfit(control, mps.foreign_daemons())
+    refuse_unfit(control, mps.foreign_daemons(gpu.uuid))
     command = shlex.split(asked.vllm) if asked.vllm else default_vllm_command()
     vllm = vllm_version()
     if vllm is None and not asked.vllm:
@@ -235,7 +239,7 @@ def live(asked: Asked, console: Console) -> Report:
             vllm_command=command,
             scratch=scratch,
             control=control,
-            scrub={str(model_folder): "<model>", str(scratch): "<scratch>", str(Path.home()): "~"},
+            scrub=_scrub(model_folder, scratch),
         )
         console.print(f"recording in {folder.path}", soft_wrap=True, markup=False)
         with Progress(console) as progress, Live(place, folder, progress.say) as runner:
@@ -244,6 +248,16 @@ def live(asked: Asked, console: Console) -> Report:
         shutil.rmtree(scratch, ignore_errors=True)
     write(folder.path / "report.json", dumps(report).encode())
     return report
+
+
+def _scrub(model_folder: Path, scratch: Path) -> dict[str, str]:
+    """Paths of this machine and what a record says in their place, longest first."""
+    names = {str(model_folder): "<model>", str(scratch): "<scratch>", sys.prefix: "<python>", str(Path.home()): "~"}
+    if cache := os.environ.get("VLLM_CACHE_ROOT"):
+        names[cache] = "<vllm cache>"
+    for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        names.setdefault(entry, "<packages>")
+    return {path: names[path] for path in sorted(names, key=len, reverse=True) if len(path) > 1}
 
 
 def _stand_ins(model: ModelFacts, scratch: Path) -> list[Tensor] | None:

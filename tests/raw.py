@@ -35,7 +35,7 @@ FIRST_REQUEST_TOKENS = 6.0  # what the readiness probe generated before the load
 _MARGIN = 1.05  # the window and the warm-up hold a little more than the protocol's turnovers
 
 WORKLOAD = Workload(kind="serve", isl=1024, osl=128, concurrency=256)
-PROTOCOL = Protocol()
+PROTOCOL = Protocol(measure_turnovers=3.0, measure_min_s=12.0)
 
 
 def settings(**changes):

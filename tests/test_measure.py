@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advisor.core.intervals import ratio
-from advisor.core.measure import block_count, measure, tokens_between
+from advisor.core.measure import block_edges, measure, tokens_between
 from advisor.core.records import RawTrial, Workload
 
 TRIAL = raw.trial()
@@ -142,40 +143,52 @@ SERVE = raw.WORKLOAD
 TURNOVER = SERVE.concurrency * SERVE.osl
 
 
-@pytest.mark.parametrize(
-    ("workload", "turnovers", "length_s", "blocks"),
-    [
-        (SERVE, 3.0, 12.0, 3),
-        (SERVE, 5.9, 12.0, 5),
-        (SERVE, 50.0, 60.0, 12),
-        (SERVE, 50.0, 5.5, 5),  # never shorter than a second
-        (SERVE, 1.0, 12.0, 3),  # never fewer than three
-        (SERVE, 50.0, 1.0, 3),
-        (DECODE, 0.5, 12.0, 8),
-        (DECODE, 0.5, 4.0, 4),
-        (DECODE, 0.5, 1.0, 3),
-    ],
-)
-def test_a_window_is_cut_into_blocks_of_a_turnover_and_a_second(workload, turnovers, length_s, blocks):
-    assert block_count(workload, turnovers * TURNOVER, length_s) == blocks
+def swinging(period_s: float, phase_s: float, rate: float = 8000.0, window_s: float = 26.0):
+    """A trial whose engine decodes in one half of each turnover and only prefills in the other."""
+    whole = raw.trial(1, mps=False, rate=rate)
+    start = 10.0
+    bins = [
+        2 * rate * 0.1 if ((index * 0.1 + phase_s) % period_s) < period_s / 2 else 0.0
+        for index in range(int((start + window_s + 5) / 0.1))
+    ]
+    load = msgspec.structs.replace(
+        whole.loads[0], bins_start_s=0.0, bin_s=0.1, tokens=bins, first_tokens=[0] * len(bins),
+        completions=[0] * len(bins),
+    )  # fmt: skip
+    return msgspec.structs.replace(whole, loads=[load], window=(start, start + window_s))
 
 
-def test_a_prefill_turnover_is_one_token_for_each_request_in_flight():
-    assert block_count(PREFILL, 5.5 * 256, 60.0) == 5
+@pytest.mark.parametrize("phase_s", [0.0, 0.7, 1.9, 3.3])
+def test_an_engine_that_swings_once_per_turnover_is_measured_as_well_as_a_steady_one(phase_s):
+    rate = TURNOVER / 4.1  # one swing is one turnover: 4.1 s
+    measured = measure(swinging(4.1, phase_s, rate))
+    assert measured.throughput_tok_per_s.value == pytest.approx(rate, rel=0.03)
+    assert measured.throughput_tok_per_s.low > 0.95 * rate
 
 
 @few
-@given(st.floats(min_value=2000.0, max_value=90000.0), st.integers(min_value=1, max_value=4))
-def test_each_block_is_a_second_and_a_turnover_long_and_together_they_are_the_window(rate, engines):
-    measured = measure(raw.trial(engines, rate=rate))
-    each_s = measured.window_s / len(measured.blocks_tok_per_s)
-    assert each_s >= 1.0 - 1e-6
-    assert each_s * measured.throughput_tok_per_s.value >= TURNOVER * (1 - 1e-6)
-    assert sum(measured.blocks_tok_per_s) * each_s == pytest.approx(measured.turnovers * TURNOVER)
-    assert measured.dof == len(measured.blocks_tok_per_s) - 1
+@given(st.floats(min_value=4000.0, max_value=90000.0), st.integers(min_value=1, max_value=4))
+def test_each_block_holds_whole_turnovers_and_lasts_a_second(rate, engines):
+    trial = raw.trial(engines, rate=rate)
+    edges = block_edges(trial)
+    assert 4 <= len(edges) <= 13
+    for low, high in pairwise(edges):
+        tokens = tokens_between(trial.loads, low, high)
+        assert tokens / TURNOVER == pytest.approx(round(tokens / TURNOVER), abs=1e-3)
+        assert tokens > 0.9 * TURNOVER
+        assert high - low > 0.5
+    measured = measure(trial)
+    assert measured.dof == len(measured.blocks_tok_per_s) - 1 == len(edges) - 2
     assert measured.log_mean == pytest.approx(
         sum(map(math.log, measured.blocks_tok_per_s)) / len(measured.blocks_tok_per_s)
     )
+
+
+def test_steady_decode_is_cut_into_equal_times():
+    trial = raw.trial(2, workload=DECODE, rate=20000.0)
+    widths = [high - low for low, high in pairwise(block_edges(trial))]
+    assert len(widths) == 8
+    assert max(widths) == pytest.approx(min(widths))
 
 
 def test_a_slow_swing_gives_a_wider_interval_than_the_same_blocks_in_turn():

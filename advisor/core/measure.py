@@ -12,7 +12,7 @@ from typing import Literal
 
 from advisor.core.histogram import percentile
 from advisor.core.intervals import mean_of_logs, value_of
-from advisor.core.records import LogHistogram, Measurement, Percentiles, RawLoad, RawTrial, Workload
+from advisor.core.records import LogHistogram, Measurement, Percentiles, RawLoad, RawTrial
 from advisor.core.workload import turnover_tokens
 
 BLOCKS_MIN = 3
@@ -35,7 +35,9 @@ def measure(raw: RawTrial) -> Measurement:
     start, end = raw.window
     length_s = end - start
     tokens = tokens_between(raw.loads, start, end)
-    rate = tokens / length_s
+    edges = block_edges(raw)
+    # Over whole turnovers: what is left of a swing at the window's end would tilt the mean.
+    rate = tokens_between(raw.loads, edges[0], edges[-1]) / (edges[-1] - edges[0])
     blocks = block_rates(raw)
     mean = mean_of_logs(blocks)
     power_w = _power_w(raw)
@@ -91,28 +93,67 @@ def completions_between(loads: Sequence[RawLoad], low_s: float, high_s: float) -
 # ---------------------------------------------------------------- blocks
 
 
-def block_count(workload: Workload, tokens: float, length_s: float) -> int:
-    """Into how many equal blocks a window of `length_s` seconds with `tokens` output tokens is cut: 3 to 12.
+def arrival_curve(loads: Sequence[RawLoad], start_s: float, end_s: float) -> list[tuple[float, float]]:
+    """Output tokens that arrived since `start_s`, as corners (time, tokens) of a line that ends at `end_s`.
 
-    As many as can each be one turnover and one second long: within a turnover every request in flight has been
-    replaced, so that the mean rates of neighbouring blocks share little. Steady decode replaces nothing; there
-    a block is an eighth of the window, and at least one second.
+    Within a bin tokens are taken to arrive evenly.
     """
-    if workload.kind == "decode":
-        count = length_s / max(BLOCK_MIN_S, length_s / _DECODE_BLOCKS)
-    else:
-        count = min(tokens / turnover_tokens(workload), length_s / BLOCK_MIN_S)
-    return min(max(math.floor(count + _EDGE_S), BLOCKS_MIN), BLOCKS_MAX)
+    steps: list[tuple[float, float]] = [(start_s, 0.0), (end_s, 0.0)]
+    for load in loads:
+        for index, count in enumerate(load.tokens):
+            left = max(load.bins_start_s + index * load.bin_s, start_s)
+            right = min(load.bins_start_s + (index + 1) * load.bin_s, end_s)
+            if right > left and count:
+                steps += [(left, count / load.bin_s), (right, -count / load.bin_s)]
+    steps.sort()
+    curve: list[tuple[float, float]] = []
+    rate, tokens, before = 0.0, 0.0, start_s
+    for at, change in steps:
+        tokens += rate * (at - before)
+        if not curve or at > before:
+            curve.append((at, tokens))
+        before = at
+        rate += change
+    return curve
+
+
+def block_edges(raw: RawTrial) -> list[float]:
+    """Where the window is cut into blocks, in seconds: n+1 times for n blocks. Raises ValueError without a window.
+
+    A block is a whole number of turnovers by count: it ends when so many tokens have arrived, not when so much time
+    has passed. Requests of one length that wait for each other fall into step, and an engine then swings between
+    prefill and decode once per turnover; a block of whole turnovers holds whole swings, however long each one takes.
+    What follows the last whole turnover belongs to no block. Up to 12 blocks, each at least a second long. Steady
+    decode replaces nothing: there the window is cut into equal times, as is a window of fewer than 3 turnovers.
+    """
+    if raw.window is None or raw.spec.workload is None:
+        raise ValueError("a trial that never reached its window has no blocks")
+    start, end = raw.window
+    turnover = turnover_tokens(raw.spec.workload)
+    curve = arrival_curve(raw.loads, start, end)
+    turnovers = math.floor(curve[-1][1] / turnover + _EDGE_S)
+    most = min(turnovers, BLOCKS_MAX, math.floor((end - start) / BLOCK_MIN_S))
+    if raw.spec.workload.kind == "decode" or most < BLOCKS_MIN:
+        count = min(max(math.floor((end - start) / BLOCK_MIN_S), BLOCKS_MIN), _DECODE_BLOCKS)
+        return [start + (end - start) * index / count for index in range(count)] + [end]
+    each = math.ceil(turnovers / most)
+    return [start, *_crossings(curve, [each * turnover * (k + 1) for k in range(turnovers // each)])]
+
+
+def _crossings(curve: Sequence[tuple[float, float]], levels: Sequence[float]) -> list[float]:
+    """When the curve reaches each of the ascending levels."""
+    times, corner = [], 1
+    for level in levels:
+        while corner < len(curve) - 1 and curve[corner][1] < level:
+            corner += 1
+        (left, low), (right, high) = curve[corner - 1], curve[corner]
+        times.append(right if high <= low else left + (right - left) * min(1.0, (level - low) / (high - low)))
+    return times
 
 
 def block_rates(raw: RawTrial) -> list[float]:
     """Mean output tokens per second in each block of the window, in order. Raises ValueError without a window."""
-    if raw.window is None or raw.spec.workload is None:
-        raise ValueError("a trial that never reached its window has no blocks")
-    start, end = raw.window
-    count = block_count(raw.spec.workload, tokens_between(raw.loads, start, end), end - start)
-    edges = [start + (end - start) * index / count for index in range(count)] + [end]
-    return [tokens_between(raw.loads, low, high) / (high - low) for low, high in pairwise(edges)]
+    return [tokens_between(raw.loads, low, high) / (high - low) for low, high in pairwise(block_edges(raw))]
 
 
 # ---------------------------------------------------------------- latencies

@@ -91,12 +91,16 @@ class Software(Record, frozen=True):
 
 
 class Workload(Record, frozen=True):
-    """What is asked of the engines. `isl` and `osl` in tokens; `concurrency` is requests in flight in total."""
+    """What is asked of the engines. `isl` and `osl` in tokens; `concurrency` is requests in flight in total.
+
+    Output lengths of "serve" are drawn evenly from `osl` ± `osl_spread`: `osl` is their mean.
+    """
 
     kind: WorkloadKind
     isl: int
     osl: int
     concurrency: int
+    osl_spread: int = 0
     temperature: float = 0.0
     seed: int = 0
 
@@ -114,7 +118,7 @@ class Protocol(Record, frozen=True):
     """How a trial is run. One turnover is `concurrency` requests' worth of output tokens."""
 
     warmup_turnovers: float = 2.0
-    measure_turnovers: float = 4.0
+    measure_turnovers: float = 6.0
     warmup_min_s: float = 4.0
     measure_min_s: float = 15.0
     window_max_s: float = 150.0
@@ -379,7 +383,7 @@ class Caution(Record, frozen=True):
 class Measurement(Record, frozen=True):
     """What one load trial says, computed from its raw evidence alone.
 
-    `blocks_tok_per_s` are the mean rates of consecutive blocks of the window, each at least one turnover long;
+    `blocks_tok_per_s` are the mean rates of consecutive blocks of the window, each of whole turnovers by count;
     `log_mean` and `log_se` are the mean and standard error of their logarithms, with `dof` degrees of freedom.
     """
 

@@ -340,21 +340,26 @@ def _length_faults(
             text=f"the window holds {measured:.2f} turnovers of the requests in flight, "
             f"{protocol.measure_turnovers:g} are needed",
         )
-    middle = (start + end) / 2
-    halves = tokens_between(raw.loads, start, middle), tokens_between(raw.loads, middle, end)
-    if min(halves) <= 0 or abs(math.log(halves[1] / halves[0])) > UNSTEADY_LOG:
-        change = halves[1] / halves[0] - 1 if halves[0] > 0 else math.inf
-        yield Fault(
-            code="unsteady",
-            text=f"throughput changed by {change:+.0%} from the first half of the window to the second: "
-            "this was no steady state",
-        )
+    yield from _steadiness(block_rates(raw))
     first_s = min(load.bins_start_s for load in raw.loads)
     warm = tokens_between(raw.loads, first_s, start) / turnover
     if warm + slack < protocol.warmup_turnovers:
         yield Fault(
             code="short_warmup",
             text=f"the warm-up before the window holds {warm:.2f} turnovers, {protocol.warmup_turnovers:g} are needed",
+        )
+
+
+def _steadiness(rates: Sequence[float]) -> Iterator[Fault]:
+    """A level shift: the blocks of the window's first half against those of its second."""
+    half = len(rates) // 2
+    first, second = math.fsum(rates[:half]) / half, math.fsum(rates[-half:]) / half
+    if min(first, second) <= 0 or abs(math.log(second / first)) > UNSTEADY_LOG:
+        change = second / first - 1 if first > 0 else math.inf
+        yield Fault(
+            code="unsteady",
+            text=f"throughput changed by {change:+.0%} from the first half of the window to the second: "
+            "this was no steady state",
         )
 
 

@@ -23,6 +23,17 @@ def output_tokens(workload: Workload) -> int:
             return workload.osl
 
 
+# Requests of exactly one length that start in the same step also end in the same step, and a step that admits many
+# takes longer, so that still more join the next: one engine falls into a convoy that swings between prefill and
+# decode, whatever the start was. Lengths that differ by up to a fifth keep it apart, as real lengths do.
+SPREAD_SHARE = 0.2
+
+
+def spread(kind: str, isl: int, osl: int, max_context: int) -> int:
+    """How far output lengths may differ from `osl`, in tokens, for a model that takes `max_context`."""
+    return max(0, min(int(SPREAD_SHARE * osl), max_context - isl - osl)) if kind == "serve" else 0
+
+
 def prompt_tokens(workload: Workload) -> int:
     """Tokens of every prompt that is sent. Only `decode` differs from `isl`: its context grows around it."""
     if workload.kind != "decode":
@@ -42,5 +53,6 @@ def shares(concurrency: int, engines: int) -> list[int]:
 
 
 def as_served(workload: Workload) -> Workload:
-    """The workload with the lengths that its requests really have, for sums of memory and context."""
-    return msgspec.structs.replace(workload, isl=prompt_tokens(workload), osl=output_tokens(workload))
+    """The workload with the lengths that its longest request has, for sums of memory and context."""
+    longest = output_tokens(workload) + workload.osl_spread
+    return msgspec.structs.replace(workload, isl=prompt_tokens(workload), osl=longest, osl_spread=0)

@@ -97,7 +97,7 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
 def _title(report: Report, width: int) -> list[str]:
     model, load = report.model, report.workload
     work = {
-        "serve": f"{load.isl} in, {load.osl} out",
+        "serve": f"{load.isl} in, {load.osl}{f' ± {load.osl_spread}' if load.osl_spread else ''} out",
         "prefill": f"prefill of {load.isl}",
         "decode": f"decode at {load.isl}",
     }[load.kind]

@@ -78,6 +78,7 @@ class _Engine:
     counters: list[ServerCounters] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     cache: dict[str, str] = field(default_factory=dict)
+    log_tail: list[str] | None = None
     known: dict[int, Known] = field(default_factory=dict)  # every process of its tree that was ever seen
 
     def log_text(self) -> str:
@@ -259,7 +260,6 @@ class Engines:
         resolved = {name: match.group(1) for name, rule in _RESOLVED.items() if (match := rule.search(text))}
         if match := _ASYNC.search(text):
             resolved["async_scheduling"] = str(match.group(1) == "enabled")
-        lines = [line for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
         return RawEngine(
             engine=engine.index,
             port=engine.port,
@@ -275,8 +275,12 @@ class Engines:
             prompt_logprobs=engine.logprobs,
             exit_code=engine.process.poll(),
             died_s=engine.died_s,
-            log_tail=[self._clean(line) for line in lines[-_TAIL_LINES:]],
+            log_tail=self._tail(text) if engine.log_tail is None else engine.log_tail,
         )
+
+    def _tail(self, text: str) -> list[str]:
+        lines = [line for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
+        return [self._clean(line) for line in lines[-_TAIL_LINES:]]
 
     def _clean(self, line: str) -> str:
         """One log line without this machine's paths, cut to a readable width."""
@@ -293,6 +297,8 @@ class Engines:
         """
         for engine in self._engines:
             engine.look()
+            # The last lines of an engine at work say more than those of its orderly end.
+            engine.log_tail = self._tail(engine.log_text())
         steps = []
         everything = [one for engine in self._engines for one in engine.known.values()]
         processes = [engine.process for engine in self._engines]

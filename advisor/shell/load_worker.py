@@ -309,7 +309,9 @@ class ClosedLoop:
         staggered = workload.kind == "serve"
         full = {"serve": workload.osl, "prefill": 1, "decode": self._config.decode_tokens}[workload.kind]
         while not self._stopping.is_set():
-            done = await self._attempt(rng, rng.randint(1, full) if staggered else full)
+            spread = workload.osl_spread if workload.kind == "serve" else 0
+            length = rng.randint(1, full) if staggered else rng.randint(full - spread, full + spread)
+            done = await self._attempt(rng, length)
             if workload.kind == "decode":
                 return
             if done:

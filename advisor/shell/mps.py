@@ -80,15 +80,18 @@ def binaries() -> Binaries:
     return Binaries(Path(control) if control else None, Path(server) if server else None)
 
 
-def foreign_daemons() -> list[ForeignDaemon]:
+def foreign_daemons(gpu_uuid: str | None = None) -> list[ForeignDaemon]:
     """Every MPS control daemon that runs now, by pid. Ask before starting one's own, which would be among them.
 
-    Only processes count: a directory with left-over sockets is no daemon, and neither is a zombie.
+    Only processes count: a directory with left-over sockets is no daemon, and neither is a zombie. With `gpu_uuid`,
+    daemons are left out that were started for other GPUs by UUID, as ours are.
     """
     default = DEFAULT_PIPE_DIRECTORY if DEFAULT_PIPE_DIRECTORY.is_dir() else None
     found = []
     for process in _control_daemons():
         with contextlib.suppress(psutil.Error):
+            if gpu_uuid is not None and _serves_others(process, gpu_uuid):
+                continue
             found.append(ForeignDaemon(process.pid, process.username(), _declared_pipe_directory(process) or default))
     return sorted(found, key=lambda daemon: daemon.pid)
 
@@ -462,6 +465,15 @@ def _is_control_daemon(process: psutil.Process) -> bool:
     if CONTROL_NAME not in names:
         return False
     return any(_DAEMON_OPTION.fullmatch(word) for word in words[names.index(CONTROL_NAME) + 1 :])
+
+
+def _serves_others(process: psutil.Process, gpu_uuid: str) -> bool:
+    """Whether a daemon's environment names GPUs by UUID, and this one is not among them."""
+    try:
+        named = process.environ().get("CUDA_VISIBLE_DEVICES", "").split(",")
+    except (psutil.Error, OSError):
+        return False
+    return all(name.startswith("GPU-") for name in named) and gpu_uuid not in named
 
 
 def _declared_pipe_directory(process: psutil.Process) -> Path | None:
