@@ -227,6 +227,8 @@ def main() -> None:
         signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # Typer answers an interrupt by itself, without a word
+            raise KeyboardInterrupt
     except AdvisorError as error:
         typer.echo(f"mps-advisor: {error}", err=True)
         sys.exit(error.exit_code)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from advisor.core import search
+from advisor.core.errors import NotRecorded
 from advisor.core.recommend import conclude
 from advisor.core.records import Manifest, RawTrial, Report, TrialSpec
 from advisor.core.tried import Tried, judge
@@ -30,9 +31,16 @@ def profile(
     story = search.decide(manifest)
     spec = next(story)
     while True:
-        result = judge(runner.run(spec))
-        tried.append(result)
-        on_trial(result)
+        try:
+            result = judge(runner.run(spec))
+        except NotRecorded:
+            # A run may be older than the rule that repeats a trial; then its first attempt is all there is.
+            if not spec.repeat or not tried:
+                raise
+            result = tried[-1]
+        else:
+            tried.append(result)
+            on_trial(result)
         try:
             spec = story.send(result)
         except StopIteration as end:

@@ -40,6 +40,7 @@ from advisor.core.weights import Tensor, tensors
 from advisor.core.workload import as_served, spread
 from advisor.report.as_json import dumps
 from advisor.shell import hub, replay, weights
+from advisor.shell.clock import now
 from advisor.shell.resources import load_yaml
 from advisor.shell.store import RunFolder, write
 
@@ -137,7 +138,7 @@ def replayed(asked: Asked, where: str) -> Report:
     # How the evidence is judged is today's question; which trials there are is the recorded one's.
     question = msgspec.structs.replace(manifest.question, min_gain=asked.min_gain)
     manifest = msgspec.structs.replace(manifest, question=question)
-    return flow.profile(manifest, replay.Replay(folder), created=_now(), replayed=True)
+    return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True)
 
 
 # ---------------------------------------------------------------- dry run
@@ -193,15 +194,19 @@ def live(asked: Asked, console: Console) -> Report:
     from advisor.shell import host, mps
     from advisor.shell.gpu import Nvml
     from advisor.shell.inspect import torch_version, vllm_version
-    from advisor.shell.live import Live, now, refuse_unfit, scratch_directory
+    from advisor.shell.live import Live, refuse_unfit, scratch_directory
+    from advisor.shell.lock import GpuLock
     from advisor.shell.progress import Progress
-    from advisor.shell.trial import Place, default_vllm_command
+    from advisor.shell.trial import Place, default_vllm_command, refuse_company
 
     model, found = _find_model(asked)
     question = _question(asked, model)
     with Nvml() as nvml:
         gpu = nvml.find(asked.gpu)
         machine = host.facts(nvml.numa_node(gpu.uuid))
+        refuse_company(nvml, gpu.uuid)
+    with GpuLock(gpu.uuid):
+        pass  # held by another run? Say so before anything is written; `Live` takes it for the whole run
     if gpu.mig:
         raise Unfit(f"MIG is on for {gpu.name} ({gpu.uuid}); MPS is measured on a whole GPU: choose another by --gpu")
     if gpu.compute_mode != "Default":
@@ -211,7 +216,7 @@ def live(asked: Asked, console: Console) -> Report:
         )
     control = mps.binaries().control
     refuse_unfit(control, mps.foreign_daemons(gpu.uuid))
-    command = shlex.split(asked.vllm) if asked.vllm else default_vllm_command()
+    command = _vllm_command(asked.vllm) if asked.vllm else default_vllm_command()
     vllm = vllm_version()
     if vllm is None and not asked.vllm:
         raise Unfit("vLLM is not installed here; pip install 'mps-advisor[gpu]', or see --replay auto")
@@ -222,20 +227,21 @@ def live(asked: Asked, console: Console) -> Report:
         if stand_ins is not None:
             base = msgspec.structs.replace(base, load_format="auto")
         manifest = _manifest(question, model, gpu, machine, base, _software(vllm, torch_version()))
+        model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
+        tokenizer = model_folder / hub.TOKENIZER
+        words = _words(tokenizer)
         folder = RunFolder(asked.out or _default_folder(manifest))
         if asked.resume:
             manifest = _resumed(folder, manifest, asked.out)
         else:
             folder.create(manifest)
-        model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
         if stand_ins is not None:
             weights.write(stand_ins, model.dtype, model_folder)
-        tokenizer = model_folder / "tokenizer.json"
         place = Place(
             manifest=manifest,
             model_folder=model_folder,
             tokenizer=tokenizer,
-            words=words_of(_read_json(tokenizer)),
+            words=words,
             vllm_command=command,
             scratch=scratch,
             control=control,
@@ -248,6 +254,17 @@ def live(asked: Asked, console: Console) -> Report:
         shutil.rmtree(scratch, ignore_errors=True)
     write(folder.path / "report.json", dumps(report).encode())
     return report
+
+
+def _vllm_command(text: str) -> list[str]:
+    """The words of --vllm. Raises BadQuestion when its program is not there."""
+    try:
+        command = shlex.split(text)
+    except ValueError as error:
+        raise BadQuestion(f"--vllm is “{text}”: {error}; a command like /opt/venv/bin/vllm is expected") from None
+    if not command or shutil.which(command[0]) is None:
+        raise BadQuestion(f"--vllm is “{text}”, but no such program was found; give the path of a vllm executable")
+    return command
 
 
 def _scrub(model_folder: Path, scratch: Path) -> dict[str, str]:
@@ -287,7 +304,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        created=_now(),
+        created=now(),
         question=question,
         protocol=Protocol(),
         model=model,
@@ -310,17 +327,11 @@ def _default_folder(manifest: Manifest) -> Path:
     return Path("mps-advisor-runs") / f"{name}-{workload.kind}-{workload.isl}-{stamp}"
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _words(tokenizer: Path) -> list[str]:
+    """The words to write prompts with. Raises Unfit when this tokenizer.json is missing, damaged or of another form."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise Unfit(f"{path.name} of this model cannot be read ({error}); a fast tokenizer is needed") from error
-    if not isinstance(document, dict):
-        raise Unfit(f"{path.name} of this model holds no JSON object; a fast tokenizer is needed")
-    return document
-
-
-def _now() -> str:
-    from advisor.shell.live import now
-
-    return now()
+        return words_of(json.loads(tokenizer.read_bytes()))
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
+        raise Unfit(
+            f"{tokenizer.name} of this model cannot be used ({error}); a fast tokenizer with plain words is needed"
+        ) from error

@@ -3,6 +3,7 @@
 `trial()` is a trial that may count. A test takes one and breaks one thing with `changed`. Same arguments, same trial.
 """
 
+import itertools
 import math
 import random
 
@@ -239,6 +240,49 @@ def changed(record, path, value):
     if isinstance(record, dict):
         return {**record, key: new}
     return msgspec.structs.replace(record, **{key: new})
+
+
+def reshaped(raw, tokens_in):
+    """The same trial with other tokens in its bins, and server counters that agree.
+
+    `tokens_in(load, low_s, high_s, tokens)` says how many arrive at a load in a bin that held `tokens`.
+    """
+    loads = []
+    for load in raw.loads:
+        edges = [load.bins_start_s + i * load.bin_s for i in range(len(load.tokens) + 1)]
+        tokens = [
+            float(tokens_in(load, *edge, n)) for edge, n in zip(itertools.pairwise(edges), load.tokens, strict=True)
+        ]
+        output = round(sum(tokens))
+        loads.append(msgspec.structs.replace(load, tokens=tokens, chunks=output, output_tokens=output))
+    parts = shares(raw.spec.workload.concurrency, raw.spec.engines)
+    engines = [
+        msgspec.structs.replace(
+            engine,
+            counters_start=_counters(load, raw.spec, parts[load.engine], raw.window[0]),
+            counters_end=_counters(load, raw.spec, parts[load.engine], raw.window[1]),
+        )
+        for engine, load in zip(raw.engines, loads, strict=True)
+    ]
+    return msgspec.structs.replace(raw, loads=loads, engines=engines)
+
+
+SWING_S = 4.1  # not a whole number of half seconds, so that no edge of a swing stays on one of a bin
+
+
+def swinging(phase_s):
+    """One engine that decodes in one half of each turnover, twice as fast, and only prefills in the other.
+
+    `phase_s` is how far into a swing the load starts, in seconds. Over whole turnovers the rate is steady.
+    """
+    rate = turnover_tokens(WORKLOAD) / SWING_S
+    whole = trial(1, mps=False, rate=rate, noise=0.0, protocol=Protocol())
+
+    def decoded_s(until_s):
+        swings, within_s = divmod(until_s - READY_S + phase_s, SWING_S)
+        return swings * SWING_S / 2 + min(within_s, SWING_S / 2)
+
+    return reshaped(whole, lambda _, low_s, high_s, __: 2 * rate * max(0.0, decoded_s(high_s) - decoded_s(low_s)))
 
 
 def shifted(raw, by_s):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raw import changed
 
 from advisor.core.measure import measure
-from advisor.core.records import MpsEvidence, Workload
+from advisor.core.records import MpsEvidence, Protocol, Workload
 from advisor.core.validity import cautions, judge
 
 TRIAL = raw.trial()
@@ -288,11 +288,55 @@ def test_prefill_turnovers_are_counted_in_requests():
     assert codes(changed(PREFILL, "window", (PREFILL.window[0], PREFILL.window[0] + 12.0))) == {"short_window"}
 
 
-def test_a_block_without_a_token_is_refused():
-    trial = TRIAL
-    for engine in (0, 1):
-        trial = changed(trial, f"loads.{engine}.tokens", lambda tokens: [*tokens[:60], *[0.0] * 40, *tokens[100:]])
-    assert "stalled" in codes(trial)
+def paced(trial, pace, low_s=0.0, high_s=math.inf):
+    """`trial` with `pace` times the tokens in every bin that starts in [low_s, high_s) of its window."""
+    start = trial.window[0]
+
+    def tokens_in(_, left_s, right_s, tokens):
+        return tokens * pace if low_s <= (left_s + right_s) / 2 - start < high_s else tokens
+
+    return raw.reshaped(trial, tokens_in)
+
+
+def test_steady_decode_with_a_block_without_a_token_is_refused():
+    assert codes(paced(DECODE, 0.0, 1.4, 3.2)) == {"stalled"}
+    assert codes(paced(DECODE, 0.0, 1.7, 2.7)) == set()
+
+
+@pytest.mark.parametrize(("pace", "refused"), [(0.5, True), (0.83, True), (0.9, False), (1.1, False), (1.2, True)])
+@pytest.mark.parametrize("protocol", [raw.PROTOCOL, Protocol()])
+def test_a_level_shift_in_the_middle_of_the_window_is_no_steady_state(pace, refused, protocol):
+    trial = raw.trial(protocol=protocol, noise=0.0)
+    shifted = paced(trial, pace, (trial.window[1] - trial.window[0]) / 2)
+    assert codes(shifted) == ({"unsteady"} if refused else set())
+    assert not refused or ("by +" if pace > 1 else "by -") in text(shifted, "unsteady")
+
+
+@pytest.mark.parametrize(("low_s", "high_s"), [(0.0, 4.0), (2.0, 6.0), (8.0, 12.0)])
+def test_a_stall_at_the_windows_ends_or_in_one_of_its_halves_is_no_steady_state(low_s, high_s):
+    assert codes(paced(TRIAL, 0.0, low_s, high_s)) == {"unsteady"}
+
+
+def test_a_stall_that_no_block_holds_is_told_by_the_whole_windows_rate():
+    told = text(paced(TRIAL, 0.0, 8.0, 12.0), "unsteady")
+    assert "over whole turnovers" in told
+    assert f"{20000 * 8 / 12:.0f}"[:2] in told
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(min_value=0.0, max_value=raw.SWING_S))
+def test_a_swing_of_one_turnovers_period_is_steady(phase_s):
+    assert judge(raw.swinging(phase_s)) == []
+
+
+def test_a_swing_that_is_longer_than_the_window_is_not_steady():
+    slow = raw.trial(protocol=Protocol(), noise=0.0)
+    length_s = slow.window[1] - slow.window[0]
+
+    def swing(_, left_s, __, tokens):
+        return tokens * (1 + 0.3 * math.sin((left_s - slow.window[0]) / length_s * math.tau))
+
+    assert codes(raw.reshaped(slow, swing)) == {"unsteady"}
 
 
 def test_decode_in_which_a_request_starts_late_is_refused():

@@ -6,6 +6,7 @@ Nothing is judged here: `validity.judge` decides first whether a trial may count
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -20,6 +21,7 @@ BLOCKS_MAX = 12
 BLOCK_MIN_S = 1.0
 _DECODE_BLOCKS = 8
 _EDGE_S = 1e-6  # times that differ by less are the same time: sums of bin widths are not exact
+_EDGE_SHARE = 1e-6  # counts that differ by less of a turnover are the same count
 
 Role = Literal["api_server", "engine_core", "load", "advisor", "mps_server"]
 
@@ -35,16 +37,17 @@ def measure(raw: RawTrial) -> Measurement:
     start, end = raw.window
     length_s = end - start
     tokens = tokens_between(raw.loads, start, end)
+    # Rates are those of whole turnovers: what is left of a swing at the window's ends would tilt its mean.
     edges = block_edges(raw)
-    # Over whole turnovers: what is left of a swing at the window's end would tilt the mean.
-    rate = tokens_between(raw.loads, edges[0], edges[-1]) / (edges[-1] - edges[0])
+    first, last = edges[0], edges[-1]
+    rate = tokens_between(raw.loads, first, last) / (last - first)
     blocks = block_rates(raw)
     mean = mean_of_logs(blocks)
     power_w = _power_w(raw)
     active_pct = _graphics_active_pct(raw)
     return Measurement(
         throughput_tok_per_s=value_of(*mean, centre=rate),
-        requests_per_s=completions_between(raw.loads, start, end) / length_s,
+        requests_per_s=completions_between(raw.loads, first, last) / (last - first),
         blocks_tok_per_s=blocks,
         log_mean=mean.log_mean,
         log_se=mean.log_se,
@@ -56,6 +59,7 @@ def measure(raw: RawTrial) -> Measurement:
         e2e_ms=_percentiles_ms([load.e2e for load in raw.loads]),
         sm_active_pct=_sm_active_pct(raw),
         gpu_idle_pct=None if active_pct is None else min(max(100.0 - active_pct, 0.0), 100.0),
+        # Both over the whole window. The GPU's own energy counter is read at the trial's ends, not at the window's.
         tokens_per_joule=tokens / (power_w * length_s) if power_w else None,
         power_w=power_w,
         load_cpu_pct=cpu_pct(raw, "load"),
@@ -96,24 +100,23 @@ def completions_between(loads: Sequence[RawLoad], low_s: float, high_s: float) -
 def arrival_curve(loads: Sequence[RawLoad], start_s: float, end_s: float) -> list[tuple[float, float]]:
     """Output tokens that arrived since `start_s`, as corners (time, tokens) of a line that ends at `end_s`.
 
-    Within a bin tokens are taken to arrive evenly.
+    Within a bin tokens are taken to arrive evenly. The line never falls, and is exactly level where nothing arrives.
     """
-    steps: list[tuple[float, float]] = [(start_s, 0.0), (end_s, 0.0)]
-    for load in loads:
-        for index, count in enumerate(load.tokens):
-            left = max(load.bins_start_s + index * load.bin_s, start_s)
-            right = min(load.bins_start_s + (index + 1) * load.bin_s, end_s)
-            if right > left and count:
-                steps += [(left, count / load.bin_s), (right, -count / load.bin_s)]
-    steps.sort()
-    curve: list[tuple[float, float]] = []
-    rate, tokens, before = 0.0, 0.0, start_s
-    for at, change in steps:
-        tokens += rate * (at - before)
-        if not curve or at > before:
-            curve.append((at, tokens))
-        before = at
-        rate += change
+    steps: list[tuple[float, int, float]] = [(end_s, -1, 0.0)]
+    for number, load in enumerate(loads):
+        lefts = [load.bins_start_s + index * load.bin_s for index in range(len(load.tokens) + 1)]
+        for (left, right), count in zip(pairwise(lefts), load.tokens, strict=True):
+            if right > start_s and left < end_s:
+                steps.append((max(left, start_s), number, count / load.bin_s))
+        if start_s < lefts[-1] < end_s:
+            steps.append((lefts[-1], number, 0.0))
+    curve, rates = [(start_s, 0.0)], dict.fromkeys(range(len(loads)), 0.0)
+    for at, number, rate in sorted(steps):
+        before, tokens = curve[-1]
+        if at > before:
+            # Summed afresh: a running sum of rates would not come back to exactly zero.
+            curve.append((at, tokens + math.fsum(rates.values()) * (at - before)))
+        rates[number] = rate
     return curve
 
 
@@ -123,32 +126,37 @@ def block_edges(raw: RawTrial) -> list[float]:
     A block is a whole number of turnovers by count: it ends when so many tokens have arrived, not when so much time
     has passed. Requests of one length that wait for each other fall into step, and an engine then swings between
     prefill and decode once per turnover; a block of whole turnovers holds whole swings, however long each one takes.
-    What follows the last whole turnover belongs to no block. Up to 12 blocks, each at least a second long. Steady
-    decode replaces nothing: there the window is cut into equal times, as is a window of fewer than 3 turnovers.
+    Tokens beyond whole blocks are left out, half of them at each end. A first block that began with the window would
+    begin wherever the swing was: in a stretch of prefill, where no later block ends, and the rate would miss it or
+    count it twice. 3 to 12 blocks, no more than the window has seconds. Steady decode replaces nothing: there the
+    window is cut into equal times, as is a window that does not hold 3 such blocks.
     """
     if raw.window is None or raw.spec.workload is None:
         raise ValueError("a trial that never reached its window has no blocks")
     start, end = raw.window
     turnover = turnover_tokens(raw.spec.workload)
     curve = arrival_curve(raw.loads, start, end)
-    turnovers = math.floor(curve[-1][1] / turnover + _EDGE_S)
-    most = min(turnovers, BLOCKS_MAX, math.floor((end - start) / BLOCK_MIN_S))
-    if raw.spec.workload.kind == "decode" or most < BLOCKS_MIN:
-        count = min(max(math.floor((end - start) / BLOCK_MIN_S), BLOCKS_MIN), _DECODE_BLOCKS)
+    total, seconds = curve[-1][1], math.floor((end - start) / BLOCK_MIN_S + _EDGE_S)
+    turnovers = math.floor(total / turnover + _EDGE_SHARE)
+    each = max(1, math.ceil(turnovers / max(1, min(BLOCKS_MAX, seconds))))
+    count = turnovers // each
+    if raw.spec.workload.kind == "decode" or count < BLOCKS_MIN:
+        count = min(max(seconds, BLOCKS_MIN), _DECODE_BLOCKS)
         return [start + (end - start) * index / count for index in range(count)] + [end]
-    each = math.ceil(turnovers / most)
-    return [start, *_crossings(curve, [each * turnover * (k + 1) for k in range(turnovers // each)])]
+    block, slack = each * turnover, _EDGE_SHARE * turnover
+    first = max(0.0, total - count * block) / 2
+    levels = [first + block * index for index in range(count + 1)]
+    # The middle of a stretch without tokens, should an edge fall on one.
+    return [(_reached(curve, level - slack) + _reached(curve, level + slack)) / 2 for level in levels]
 
 
-def _crossings(curve: Sequence[tuple[float, float]], levels: Sequence[float]) -> list[float]:
-    """When the curve reaches each of the ascending levels."""
-    times, corner = [], 1
-    for level in levels:
-        while corner < len(curve) - 1 and curve[corner][1] < level:
-            corner += 1
-        (left, low), (right, high) = curve[corner - 1], curve[corner]
-        times.append(right if high <= low else left + (right - left) * min(1.0, (level - low) / (high - low)))
-    return times
+def _reached(curve: Sequence[tuple[float, float]], level: float) -> float:
+    """When the curve first holds `level` tokens; its end where it never does."""
+    corner = bisect_left(curve, level, key=lambda point: point[1])
+    if corner in (0, len(curve)):
+        return curve[min(corner, len(curve) - 1)][0]
+    (left, low), (right, high) = curve[corner - 1], curve[corner]
+    return min(right, left + (right - left) * (level - low) / (high - low))
 
 
 def block_rates(raw: RawTrial) -> list[float]:

@@ -253,7 +253,8 @@ def _times(gain: Value | None) -> str:
 
 
 def _best_mps(ok: Sequence[Candidate]) -> Candidate | None:
-    return max((one for one in ok if one.mps), key=_rate, default=None)
+    """The fastest of several engines under MPS; one engine under MPS shows what MPS costs, and is no rival."""
+    return max((one for one in ok if one.mps and one.engines > 1), key=_rate, default=None)
 
 
 def _sentence(choice: Candidate, ok: Sequence[Candidate], threshold: float) -> str:
@@ -347,8 +348,18 @@ def _cautions(manifest: Manifest, tried: Sequence[Tried]) -> list[Caution]:
     last = _last_attempts(tried)
     cautions += [
         Caution(
+            code="not_measured",
+            text=f"{slug(one.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was reached "
+            "without it.",
+            remedy="Look at why, then measure again with another --out.",
+        )
+        for one in last
+        if one.outcome in ("crash", "timeout", "invalid", "not_attached")
+    ]
+    cautions += [
+        Caution(
             code="repeated",
-            text=f"{slug(one.spec)} was rejected and run once more: {one.why}",
+            text=f"{slug(one.spec)} was run once more: {one.why}",
             remedy="Nothing, when it stays a rarity; else keep other work off this machine.",
         )
         for one in tried

@@ -63,10 +63,19 @@ def decide(manifest: Manifest) -> Search:
     return left_out
 
 
+def had_load(tried: Tried) -> bool:
+    """Whether the trial got as far as sending requests."""
+    return any(stage.name == "warm-up" for stage in tried.raw.timeline)
+
+
 def _measured(spec: TrialSpec) -> Generator[TrialSpec, Tried, Tried]:
-    """One trial, and once more when its evidence had to be rejected: a disturbance may have passed."""
+    """One trial, and once more when a disturbance may have passed.
+
+    That is when its evidence had to be rejected, or when an engine crashed before it ever had any load: two engines
+    that start in the same second have been seen to choose the same port.
+    """
     result = yield spec
-    if result.outcome == "invalid":
+    if result.outcome == "invalid" or (result.outcome == "crash" and not had_load(result)):
         result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
     return result
 

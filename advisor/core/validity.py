@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from advisor.core.measure import block_rates, cpu_pct, tokens_between
+from advisor.core.measure import block_edges, block_rates, cpu_pct, tokens_between
 from advisor.core.records import (
     Caution,
     EngineSettings,
@@ -32,7 +32,8 @@ TOKEN_MISMATCH_MAX = 0.05
 LOAD_BOUND_PCT = 90.0
 LOAD_BUSY_PCT = 70.0
 FAIR_SHARE_MIN = 0.7
-# Two halves of at least two turnovers each differ by less than this in steady state; more is a level shift.
+# The halves of a window differ by less than this in steady state, and so does the whole window from its blocks (an
+# engine that swings to a full stop once per turnover by up to 0.1); more is a level shift.
 UNSTEADY_LOG = 0.15
 STEAL_SHARE_MAX = 0.01
 COALESCED_MAX = 1.05
@@ -340,7 +341,7 @@ def _length_faults(
             text=f"the window holds {measured:.2f} turnovers of the requests in flight, "
             f"{protocol.measure_turnovers:g} are needed",
         )
-    yield from _steadiness(block_rates(raw))
+    yield from _steadiness(raw, window)
     first_s = min(load.bins_start_s for load in raw.loads)
     warm = tokens_between(raw.loads, first_s, start) / turnover
     if warm + slack < protocol.warmup_turnovers:
@@ -350,17 +351,33 @@ def _length_faults(
         )
 
 
-def _steadiness(rates: Sequence[float]) -> Iterator[Fault]:
-    """A level shift: the blocks of the window's first half against those of its second."""
+def _steadiness(raw: RawTrial, window: tuple[float, float]) -> Iterator[Fault]:
+    """A level shift: the blocks of the window's first half against those of its second, or all blocks against all of
+    the window. Blocks leave out what is no whole turnover, so that only the latter shows a stall at either end.
+    """
+    rates, edges = block_rates(raw), block_edges(raw)
     half = len(rates) // 2
     first, second = math.fsum(rates[:half]) / half, math.fsum(rates[-half:]) / half
-    if min(first, second) <= 0 or abs(math.log(second / first)) > UNSTEADY_LOG:
+    inside = tokens_between(raw.loads, edges[0], edges[-1]) / (edges[-1] - edges[0])
+    whole = tokens_between(raw.loads, *window) / (window[1] - window[0])
+    if _shift(first, second) > UNSTEADY_LOG:
         change = second / first - 1 if first > 0 else math.inf
         yield Fault(
             code="unsteady",
-            text=f"throughput changed by {change:+.0%} from the first half of the window to the second: "
-            "this was no steady state",
+            text=f"throughput changed by {change:+.0%} from the first half of the window's blocks to the "
+            "second: this was no steady state",
         )
+    elif _shift(inside, whole) > UNSTEADY_LOG:
+        yield Fault(
+            code="unsteady",
+            text=f"throughput was {inside:.0f} tokens/s over whole turnovers, but {whole:.0f} over the whole window, "
+            "its ends included: this was no steady state",
+        )
+
+
+def _shift(before: float, after: float) -> float:
+    """How far apart two rates are, as a logarithm; a rate of zero is infinitely far from any."""
+    return abs(math.log(after / before)) if min(before, after) > 0 else math.inf
 
 
 def _decode_faults(loads: Sequence[RawLoad], workload: Workload, window: tuple[float, float]) -> Iterator[Fault]:

@@ -6,10 +6,10 @@ import msgspec
 
 from advisor.core.records import Workload
 
-# A decode wave is one request per slot. It is this many output lengths long, so that it holds the warm-up,
-# the window and a margin, and its prompt is shorter by half of that: the mean context over the wave is `isl`.
-DECODE_WAVE_OUTPUTS = 5
-DECODE_WAVE_MIN_TOKENS = 640
+# A decode wave is one request per slot. Its prompt is shorter than `isl` by half of what it generates, so that the
+# mean context over the wave is `isl`. Longer waves give longer windows, shorter ones a context nearer to `isl`.
+DECODE_WAVE_SHARE = 1.5
+DECODE_WAVE_TOKENS = (640, 2048)
 
 
 def output_tokens(workload: Workload) -> int:
@@ -18,7 +18,8 @@ def output_tokens(workload: Workload) -> int:
         case "prefill":
             return 1
         case "decode":
-            return max(DECODE_WAVE_OUTPUTS * workload.osl, DECODE_WAVE_MIN_TOKENS)
+            least, most = DECODE_WAVE_TOKENS
+            return min(max(int(DECODE_WAVE_SHARE * workload.isl), least), most)
         case "serve":
             return workload.osl
 

@@ -44,8 +44,13 @@ _RESOLVED = {
 _ASYNC = re.compile(r"Asynchronous scheduling is (enabled|disabled)")
 _METRIC = re.compile(r"^(vllm:\w+)(?:\{(.*)\})? ([\d.eE+-]+|NaN|[+-]?Inf)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+# "(EngineCore pid=620) ERROR 11-21 01:06:10 [core.py:1] RuntimeError: what happened", with or without the middle.
+_EXCEPTION = re.compile(
+    r"^(?:\((?P<who>\w+) pid=\d+\) )?(?:\w+ [\d-]+ [\d:]+ \[[\w.]+:\d+\] )?(?P<what>[\w.]*(?:Error|Exception)\b.*)$",
+    re.MULTILINE,
+)
 _NOISE = re.compile(r"HTTP/1\.1\" 200|Route: /|it/s\]|█")
-_TAIL_LINES, _TAIL_WIDTH = 30, 240
+_TAIL_LINES, _CAUSE_LINES, _TAIL_WIDTH = 30, 5, 240
 
 
 class EngineFailed(Exception):
@@ -185,8 +190,11 @@ class Engines:
             )
 
     def _last_error(self, text: str) -> str:
-        lines = [line for line in text.splitlines() if re.search(r"\b\w*(Error|Exception)\b|ERROR", line)]
-        return f"last error: {self._clean(lines[-1])}" if lines else "no error in its log"
+        """The engine core's last exception, which is the cause; else the API server's, which only reports one."""
+        errors = [(match["who"], match["what"]) for match in _EXCEPTION.finditer(text)]
+        cores = [what for who, what in errors if who == "EngineCore"]
+        told = cores or [what for _, what in errors]
+        return f"its last error is {self._clean(told[-1])}" if told else "there is no error in its log"
 
     # -- evidence
 
@@ -213,7 +221,7 @@ class Engines:
         for engine in self._engines:
             try:
                 status, body = engine.request("GET", "/metrics", timeout_s=10.0)
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 continue
             if status == 200:
                 values, engine.cache = _metrics(body.decode(errors="replace"))
@@ -279,8 +287,10 @@ class Engines:
         )
 
     def _tail(self, text: str) -> list[str]:
+        """The log's last lines, and before them the engine core's exceptions, which may lie far above."""
         lines = [line for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
-        return [self._clean(line) for line in lines[-_TAIL_LINES:]]
+        above = [line for line in lines[:-_TAIL_LINES] if line.startswith("(EngineCore") and _EXCEPTION.match(line)]
+        return [self._clean(line) for line in [*above[-_CAUSE_LINES:], *lines[-_TAIL_LINES:]]]
 
     def _clean(self, line: str) -> str:
         """One log line without this machine's paths, cut to a readable width."""

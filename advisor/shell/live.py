@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +16,7 @@ from advisor.core.errors import Unfit
 from advisor.core.records import SCHEMA_VERSION, MpsEvidence, RawNumerics, RawTrial, Teardown, TrialSpec
 from advisor.core.tried import key, slug
 from advisor.shell import mps, numerics
+from advisor.shell.clock import now
 from advisor.shell.gpu import Nvml
 from advisor.shell.lock import GpuLock
 from advisor.shell.processes import child_environment
@@ -24,10 +24,6 @@ from advisor.shell.store import RunFolder
 from advisor.shell.trial import Clock, LoadTrial, Place, uninterrupted
 
 NUMERICS_TIMEOUT_S = 240.0
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def scratch_directory() -> Path:

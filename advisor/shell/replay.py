@@ -44,9 +44,10 @@ def describe(manifest: Manifest) -> str:
 def choose(model: str | None, workload: Workload | None) -> RunFolder:
     """The shipped run that fits a question exactly. Raises NotRecorded that lists what there is."""
     runs = [(folder, folder.manifest()) for folder in shipped_runs()]
-    for folder, manifest in runs:
-        if fits(manifest, model, workload):
-            return folder
+    # Among runs of the same question the one whose requests are as a live run would send them now comes first.
+    fitting = [(folder, manifest) for folder, manifest in runs if fits(manifest, model, workload)]
+    if fitting:
+        return max(fitting, key=lambda run: run[1].question.workload.osl_spread)[0]
     listing = "\n".join(f"  {describe(manifest)}" for _, manifest in runs) or "  none"
     raise NotRecorded(f"no recorded run fits this question; those that are shipped:\n{listing}")
 

@@ -138,7 +138,7 @@ class LoadTrial:
         self._directory = Path(tempfile.mkdtemp(prefix="t", dir=place.scratch))
 
     def run(self) -> RawTrial:
-        self._refuse_company()
+        refuse_company(self._nvml, self._uuid)
         memory_before = self._nvml.memory_used_bytes(self._uuid)
         try:
             self._measure()
@@ -286,7 +286,7 @@ class LoadTrial:
             if decode:
                 if completed or tokens >= 0.93 * wave:
                     # A completion is noticed up to a tick late: the window ends safely before it.
-                    end -= 0.4 if completed else 0.0
+                    end = max(end - 0.4, start) if completed else end
                     break
             elif tokens - base >= enough and end - start >= self._protocol.measure_min_s:
                 break
@@ -347,13 +347,6 @@ class LoadTrial:
         if self._place.control is None:
             return False
         return mps.answers(self._directory / "empty", self._place.control)
-
-    def _refuse_company(self) -> None:
-        if others := self._nvml.compute_processes(self._uuid):
-            raise Unfit(
-                f"other processes use this GPU (PID {', '.join(map(str, sorted(others)))}); a measurement beside them "
-                "would be wrong: stop them, or choose another GPU with --gpu"
-            )
 
     def _foreign(self, servers: Sequence[int]) -> list[int]:
         assert self._engines is not None
@@ -436,6 +429,15 @@ class LoadTrial:
             teardown=seen.teardown,
             numerics=None,
             timeline=self._clock.stages,
+        )
+
+
+def refuse_company(nvml: Nvml, uuid: str) -> None:
+    """Raise Unfit when other processes use this GPU."""
+    if others := nvml.compute_processes(uuid):
+        raise Unfit(
+            f"other processes use this GPU (PID {', '.join(map(str, sorted(others)))}); a measurement beside them "
+            "would be wrong: stop them, or choose another GPU with --gpu"
         )
 
 

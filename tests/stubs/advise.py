@@ -6,19 +6,16 @@ Everything else (processes, daemon, sockets, signals, files) is real.
 
 import sys
 
-import advisor.profiling
-from advisor.cli import main
 from advisor.core.records import HostFacts, Protocol
-from advisor.shell import host
 
 
-def _facts(numa_node: int | None) -> HostFacts:
+def host_facts(numa_node: int | None) -> HostFacts:
     return HostFacts(
         cpu="test", cores=[0, *[0] * 15], threads_per_core=1, memory_bytes=1 << 36, kernel="test", numa_node=numa_node
     )
 
 
-def _protocol() -> Protocol:
+def protocol() -> Protocol:
     return Protocol(
         warmup_min_s=0.3,
         measure_min_s=1.2,
@@ -30,7 +27,11 @@ def _protocol() -> Protocol:
     )
 
 
-host.facts = _facts
-advisor.profiling.Protocol = _protocol
 if __name__ == "__main__":
+    import advisor.profiling
+    from advisor.cli import main
+    from advisor.shell import host
+
+    host.facts = host_facts
+    advisor.profiling.Protocol = protocol
     sys.exit(main())

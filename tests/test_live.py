@@ -1,0 +1,416 @@
+"""One trial on stand-in programs: real processes, sockets and signals, from the first check to the last one gone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import msgspec
+import psutil
+import pytest
+from conftest import TINY, Bench
+from stubs import advise
+
+from advisor.core import search, tried, validity
+from advisor.core.errors import Unfit
+from advisor.core.model import facts
+from advisor.core.records import (
+    SCHEMA_VERSION,
+    EngineSettings,
+    Manifest,
+    Protocol,
+    Question,
+    RawTrial,
+    Software,
+    Workload,
+)
+from advisor.core.vocabulary import build_tokenizer, words_of
+from advisor.shell import engines, hub, mps, processes
+from advisor.shell.gpu import Nvml
+from advisor.shell.live import Live
+from advisor.shell.store import RunFolder
+from advisor.shell.trial import LoadTrial, Place
+
+SETTINGS = EngineSettings(
+    max_num_batched_tokens=2048,
+    max_num_seqs=64,
+    max_cudagraph_capture_size=128,
+    enable_prefix_caching=True,
+    async_scheduling=True,
+    kv_cache_memory_bytes=0,
+    max_model_len=4096,
+    gpu_memory_utilization=0.05,
+    dtype="bfloat16",
+    quantization=None,
+    kv_cache_dtype="auto",
+    load_format="auto",
+)
+QUESTION = Question(
+    workload=Workload(kind="serve", isl=64, osl=16, concurrency=8, osl_spread=3),
+    max_engines=4,
+    thread_percentages="none",
+    min_gain=0.1,
+)
+
+
+@dataclass
+class Site:
+    """A place to run trials in, and the trials."""
+
+    bench: Bench
+    place: Place
+    nvml: Nvml
+
+    def spec(self, engines: int, *, mps: bool = True, **protocol: float):
+        spec = search.load_spec(self.place.manifest, engines, mps=mps)
+        assert spec.protocol is not None
+        return msgspec.structs.replace(spec, protocol=msgspec.structs.replace(spec.protocol, **protocol))
+
+    def run(self, engines: int = 1, *, mps: bool = True, say=lambda text: None, **protocol: float) -> RawTrial:
+        return LoadTrial(self.place, self.nvml, self.spec(engines, mps=mps, **protocol), "now", say).run()
+
+
+def short(**changes: float) -> Protocol:
+    return msgspec.structs.replace(advise.protocol(), **changes)
+
+
+@pytest.fixture
+def site(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mps, "_SIGNAL_WAIT_S", 0.5)  # the stand-ins end at once
+    for name in ("PATH", "PYTHONPATH", "TMPDIR", "FAKE_NVML_STATE", "VLLM_STUB_FAULTS"):
+        monkeypatch.setenv(name, bench.environment[name])
+    monkeypatch.setattr(tempfile, "tempdir", str(bench.temporary))
+    found = importlib.util.spec_from_file_location("pynvml", bench.directory / "modules" / "pynvml.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+
+    model = facts("tiny", TINY)
+    scratch = bench.temporary / "s"
+    folder = hub.prepare_folder(model, None, scratch / "model")
+    with Nvml() as nvml:
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            created="now",
+            question=QUESTION,
+            protocol=short(stall_timeout_s=1.0, teardown_timeout_s=2.0),
+            model=model,
+            gpu=nvml.find(),
+            host=advise.host_facts(None),
+            software=Software(advisor="test", python="3", vllm="0.26.0", torch=None, environment={}),
+            settings=SETTINGS,
+        )
+        place = Place(
+            manifest=manifest,
+            model_folder=folder,
+            tokenizer=folder / "tokenizer.json",
+            words=words_of(build_tokenizer(model.vocab_size)[0]),
+            vllm_command=bench.vllm,
+            scratch=scratch,
+            control=mps.binaries().control,
+            scrub={str(folder): "<model>", str(scratch): "<scratch>"},
+        )
+        yield Site(bench, place, nvml)
+    # However a trial ended: no process, and nothing on the GPU.
+    assert bench.processes() == []
+    assert bench.gpu_processes() == []
+
+
+def codes(raw: RawTrial) -> list[str]:
+    return [fault.code for fault in validity.judge(raw)]
+
+
+def engine_cores(bench: Bench) -> list[psutil.Process]:
+    found = []
+    for pid in bench.gpu_processes():
+        process = psutil.Process(pid)
+        assert "VLLM::EngineCore" in process.cmdline()
+        found.append(process)
+    return found
+
+
+def assert_nothing_left(raw: RawTrial) -> None:
+    done = raw.teardown
+    assert done is not None
+    assert (done.left_pids, done.daemon_left) == ([], False)
+    assert done.memory_before_bytes == done.memory_after_bytes
+
+
+def wait_for(condition, limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- trials that may count
+
+
+def test_two_engines_under_mps_give_a_trial_that_may_count_and_leave_nothing(site):
+    raw = site.run(2)
+
+    assert (raw.ended, raw.detail, codes(raw)) == ("completed", "", [])
+    judged = tried.judge(raw)
+    assert judged.measurement is not None
+    assert judged.measurement.throughput_tok_per_s.value == pytest.approx(2000, rel=0.2)
+    assert raw.mps is not None and len(raw.mps.servers_start) == 1
+    assert raw.mps.clients_start == raw.mps.clients_end == sorted(engine.engine_core_pid for engine in raw.engines)
+    assert [load.prompt_tokens_min for load in raw.loads] == [64, 64]
+    assert {use.role for use in raw.cpu} == {"api_server", "engine_core", "load", "advisor", "mps_server"}
+    assert [stage.name for stage in raw.timeline] == [
+        "start engines", "check", "warm-up", "window", "drain", "teardown",
+    ]  # fmt: skip
+    assert raw.gpu is not None and raw.gpu.sm_active_pct and raw.gpu.power_w
+    assert_nothing_left(raw)
+    assert raw.teardown is not None
+    assert any("SIGTERM to API servers" in step for step in raw.teardown.steps)
+    assert any("quit: the daemon ended" in step for step in raw.teardown.steps)
+
+
+# ---------------------------------------------------------------- evidence that is rejected
+
+
+def test_an_engine_that_is_not_attached_makes_the_trial_not_attached(site):
+    site.bench.engine_faults({"all": {"tokens_per_s": 1000}, "1": {"not_attached": True}})
+    raw = site.run(2)
+
+    assert raw.ended == "completed"
+    judged = tried.judge(raw)
+    assert (judged.outcome, judged.measurement) == ("not_attached", None)
+    assert f"engine core PID {raw.engines[1].engine_core_pid} was not attached" in judged.why
+    assert str(raw.engines[0].engine_core_pid) not in judged.why
+    assert_nothing_left(raw)
+
+
+def test_a_client_too_many_rejects_the_trial_and_is_named(site):
+    site.bench.mps_faults(ghost_client=os.getpid())
+    raw = site.run()
+
+    judged = tried.judge(raw)
+    assert (judged.outcome, codes(raw)) == ("invalid", ["foreign_client", "foreign_client"])
+    assert f"PID {os.getpid()} was attached to MPS but is no engine core" in judged.why
+
+
+def test_engines_with_different_kv_caches_are_rejected(site):
+    site.bench.engine_faults({"all": {"tokens_per_s": 1000}, "1": {"kv_tokens": 16000}})
+    raw = site.run(2, mps=False)
+
+    assert (tried.judge(raw).outcome, codes(raw)) == ("invalid", ["unequal_kv"])
+    assert "engine 1: 16000" in tried.judge(raw).why
+    assert_nothing_left(raw)
+
+
+def test_a_process_that_joins_during_the_trial_rejects_it(site):
+    site.bench.gpu(processes={})
+
+    def say(text: str) -> None:
+        if "measuring" in text:
+            site.bench.gpu(processes={str(os.getpid()): 1 << 30})
+
+    raw = site.run(say=say, teardown_timeout_s=0.5)
+
+    assert (raw.foreign_pids, codes(raw)) == ([os.getpid()], ["foreign_process"])
+
+
+def test_a_machine_with_company_is_refused_before_an_engine_starts(site):
+    site.bench.gpu(processes={str(os.getpid()): 1 << 30})
+    said = []
+    with pytest.raises(Unfit, match=rf"PID {os.getpid()}\b.*--gpu"):
+        site.run(say=said.append)
+    assert said == []
+
+
+# ---------------------------------------------------------------- engines that fail
+
+
+def test_an_engine_that_never_answers_is_a_timeout(site):
+    site.bench.engine_faults({"1": {"hang_start": True}})
+    raw = site.run(2, engine_start_timeout_s=2.0)
+
+    assert (raw.ended, raw.window) == ("timeout", None)
+    assert raw.detail == "engine 1 did not answer within 2 s of its start"
+    assert raw.engines[0].ready_s is not None and raw.engines[1].ready_s is None
+    assert_nothing_left(raw)
+
+
+def test_an_engine_that_dies_under_load_is_a_crash_with_the_reason(site):
+    site.bench.engine_faults({"all": {"tokens_per_s": 1000, "die_after_s": 0.6}})
+    raw = site.run()
+
+    assert raw.ended == "crash"
+    assert "engine 0 died" in raw.detail
+    assert "the API server met an error that nobody expected" in raw.detail
+    assert tried.judge(raw).outcome == "crash"
+    assert raw.engines[0].died_s is not None
+    assert_nothing_left(raw)
+
+
+def test_an_engine_core_that_is_killed_is_a_crash(site):
+    killed = []
+
+    def say(text: str) -> None:
+        if "measuring" in text and not killed:
+            (core,) = engine_cores(site.bench)
+            killed.append(core.pid)
+            core.send_signal(signal.SIGKILL)
+
+    raw = site.run(say=say)
+
+    assert raw.ended == "crash"
+    assert "engine 0 died" in raw.detail
+    assert [engine.engine_core_pid for engine in raw.engines] == killed
+    assert any("died unexpectedly" in line for line in raw.engines[0].log_tail)
+    assert_nothing_left(raw)
+
+
+def test_no_room_at_the_start_is_out_of_memory(site):
+    site.bench.engine_faults({"1": {"die_at_start": "oom"}})
+    raw = site.run(2)
+
+    assert (raw.ended, raw.detail) == ("oom", "engine 1 ran out of GPU memory")
+    assert_nothing_left(raw)
+
+
+def test_a_failure_at_the_start_is_quoted(site):
+    site.bench.engine_faults({"all": {"die_at_start": "crash"}})
+    raw = site.run()
+
+    assert raw.ended == "crash"
+    assert "engine 0 died" in raw.detail and "CUDA error: an illegal instruction was met" in raw.detail
+    assert any("an illegal instruction was met" in line for line in raw.engines[0].log_tail)
+
+
+def test_a_program_that_is_not_there_is_a_crash_that_names_it(site):
+    site.place.vllm_command = ["/nowhere/vllm"]
+    raw = site.run()
+
+    assert raw.ended == "crash"
+    assert "No such file" in raw.detail
+    assert_nothing_left(raw)
+
+
+def test_engines_that_stop_answering_under_load_are_a_timeout(site):
+    site.bench.engine_faults({"all": {"tokens_per_s": 1000, "hang_after_s": 1.3}})
+    raw = site.run()
+
+    assert (raw.ended, raw.detail) == ("timeout", "no token from any engine for 1 s")
+    assert_nothing_left(raw)
+
+
+# ---------------------------------------------------------------- what does not want to end
+
+
+def test_a_daemon_that_refuses_to_quit_is_ended(site, monkeypatch):
+    monkeypatch.setattr(mps.Daemon.quit, "__defaults__", (10.0, 1))  # seconds, in place of the five it is given
+    site.bench.mps_faults(refuse_quit=1)
+    site.bench.engine_faults({"all": {"die_at_start": "oom"}})
+    raw = site.run(teardown_timeout_s=0.5)
+
+    assert raw.ended == "oom"
+    assert_nothing_left(raw)
+    assert raw.teardown is not None
+    told = [re.sub(r"^[\d.]+ s ", "", step) for step in raw.teardown.steps if " s " in step]
+    assert [step.partition(":")[0] for step in told[:2]] == ["quit", "quit -t 1"]
+    assert told[2].startswith("SIGTERM to ")
+
+
+def test_an_engine_that_ignores_sigterm_is_killed(site, monkeypatch):
+    impatient = lambda left, timeout_s, poll: processes.end(left, 0.5, poll)  # noqa: E731
+    monkeypatch.setattr(engines, "end", impatient)
+    site.bench.engine_faults({"all": {"hang_start": True, "ignore_sigterm": True}})
+    raw = site.run(mps=False, engine_start_timeout_s=1.5, teardown_timeout_s=0.5)
+
+    assert raw.ended == "timeout"
+    assert_nothing_left(raw)
+    assert raw.teardown is not None
+    assert any(step.startswith("SIGKILL to ") for step in raw.teardown.steps)
+    assert raw.engines[0].exit_code == -signal.SIGKILL
+
+
+def test_an_engine_core_that_outlives_its_server_is_ended(site):
+    site.bench.engine_faults({"all": {"tokens_per_s": 1000, "die_after_s": 0.5, "core_survives": True}})
+    raw = site.run(teardown_timeout_s=0.5)
+
+    assert raw.ended == "crash"
+    assert_nothing_left(raw)
+    assert raw.teardown is not None
+    assert any(f"SIGTERM to {raw.engines[0].engine_core_pid}" in step for step in raw.teardown.steps)
+
+
+def test_a_daemon_that_does_not_start_is_one_line_and_leaves_nothing(site):
+    site.bench.mps_faults(refuse_start=1)
+    with pytest.raises(Unfit, match="already running"):
+        site.run()
+
+
+def test_a_daemon_that_loses_its_tongue_is_a_crash(site, monkeypatch):
+    monkeypatch.setattr(mps.Daemon.quit, "__defaults__", (10.0, 1))
+    site.bench.mps_faults(garbled=1)
+    raw = site.run()
+
+    assert raw.ended == "crash"
+    assert raw.detail.startswith("MPS: ") and "PID of client unknown" in raw.detail
+    assert_nothing_left(raw)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def live(site: Site, say=lambda text: None) -> tuple[Live, RunFolder]:
+    folder = RunFolder(site.bench.directory / "run")
+    if not folder.exists:
+        folder.create(site.place.manifest)
+    return Live(site.place, folder, say), folder
+
+
+def test_a_recorded_trial_is_not_measured_again(site):
+    site.bench.engine_faults({"all": {"die_at_start": "oom"}})
+    runner, folder = live(site)
+    with runner:
+        first = runner.run(site.spec(1))
+        assert runner.run(site.spec(1)) == first
+    (path,) = (folder.path / "trials").iterdir()
+    assert folder.trials() == [first]
+    assert not site.place.scratch.exists()
+
+    again, _ = live(site)  # without a scratch directory there is nothing that could be started
+    with again:
+        assert again.run(site.spec(1)) == first
+    assert list((folder.path / "trials").iterdir()) == [path]
+
+
+def test_a_trial_that_was_recorded_on_another_gpu_is_refused(site):
+    site.bench.engine_faults({"all": {"die_at_start": "oom"}})
+    _, folder = live(site)
+    folder.append(msgspec.structs.replace(site.run(), gpu_uuid="GPU-other"))
+    runner, _ = live(site)
+    with runner, pytest.raises(Unfit, match=r"another GPU \(GPU-other\).*--out"):
+        runner.run(site.spec(1))
+
+
+def test_a_second_profile_of_the_same_gpu_is_refused(site):
+    runner, _ = live(site)
+    second, _ = live(site)
+    with runner, pytest.raises(Unfit, match=f"{site.bench.gpu_uuid} is being profiled by process {os.getpid()}"):
+        second.__enter__()
+
+
+def test_an_advisor_that_is_killed_takes_its_engines_with_it(bench):
+    """By the kernel: these stand-ins do not look whether their parent lives, and there is no one left to end them."""
+    idle = [sys.executable, "-c", "import time; time.sleep(60)"]
+    question = ("--model", str(bench.tiny), "--ctx", "64", "--osl", "16", "--concurrency", "8")
+    process = bench.start("--vllm", shlex.join(idle), *question)
+    try:
+        wait_for(lambda: any(line.startswith(" ".join(idle)) for line in bench.processes()), 15.0)
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+    wait_for(lambda: not bench.processes(), 10.0)

@@ -1,0 +1,155 @@
+"""The runs in data/ are live runs from an H200: what they say must stay computable, and must stay what they said."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from advisor import flow
+from advisor.core import search
+from advisor.core.records import RawTrial, Report
+from advisor.core.tried import judge
+from advisor.report.as_json import loads
+from advisor.shell.replay import Replay, choose, shipped_runs
+from advisor.shell.store import RunFolder
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(path.parent for path in (ROOT / "data").glob("*/manifest.json"))
+KILLED_ENGINE = ROOT / "tests" / "data" / "killed-engine"
+LIMIT_BYTES = 300 * 1024
+
+
+def replay(folder: Path) -> Report:
+    run = RunFolder(folder)
+    return flow.profile(run.manifest(), Replay(run), created="now", replayed=True)
+
+
+def of(report: Report, engines: int, mps: bool, percentage: int | None = None):
+    wanted = None if percentage is None else [percentage] * engines
+    return next(
+        one for one in report.candidates if (one.engines, one.mps, one.thread_percentages) == (engines, mps, wanted)
+    )
+
+
+def test_the_runs_that_users_are_promised_are_shipped():
+    asked = {
+        (m.model.name, m.question.workload.kind, m.question.workload.isl)
+        for m in (folder.manifest() for folder in shipped_runs())
+    }
+    assert asked >= {
+        ("Qwen/Qwen2.5-0.5B", "serve", 1024),
+        ("Qwen/Qwen2.5-0.5B", "prefill", 1024),
+        ("Qwen/Qwen2.5-3B", "serve", 1024),
+    }
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_run_is_small_and_its_evidence_is_raw(folder: Path):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "report.json"]
+    assert sum(path.stat().st_size for path in files) <= LIMIT_BYTES
+    for raw in RunFolder(folder).trials():
+        assert raw.spec.kind == "numerics" or raw.ended != "completed" or raw.loads[0].tokens
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_run_holds_every_kind_of_candidate(folder: Path):
+    report = replay(folder)
+    assert report.recommendation.status == "recommend"
+    for engines, mps in ((1, False), (1, True), (2, False), (2, True)):
+        assert of(report, engines, mps).trial is not None
+    for engines in (3, 4):
+        tried = [one for one in report.candidates if one.engines == engines and one.mps]
+        stopped = [one for one in report.candidates if one.outcome in ("skipped", "infeasible") and one.why_not]
+        assert tried or stopped
+    restricted = [one for one in report.candidates if one.thread_percentages]
+    assert any(one.outcome == "ok" for one in restricted)
+    assert any(one.outcome == "wrong_results" and one.worst_product_error for one in restricted)
+
+
+@pytest.mark.parametrize("folder", [path for path in SHIPPED if (path / "report.json").exists()], ids=lambda p: p.name)
+def test_a_replay_says_what_the_live_run_said(folder: Path):
+    """The choice exactly, the rates within 3 %: the way they are taken from the evidence has been refined since."""
+    live = loads((folder / "report.json").read_text(), "report.json")
+    now = replay(folder)
+    assert [(c.engines, c.mps, c.thread_percentages, c.outcome) for c in now.candidates] == [
+        (c.engines, c.mps, c.thread_percentages, c.outcome) for c in live.candidates
+    ]
+    for one, then in zip(now.candidates, live.candidates, strict=True):
+        if then.throughput_tok_per_s:
+            assert one.throughput_tok_per_s.value == pytest.approx(then.throughput_tok_per_s.value, rel=0.03)
+            assert one.gain_vs_default.value == pytest.approx(then.gain_vs_default.value, rel=0.03)
+    chosen = now.recommendation, live.recommendation
+    assert len({(c.status, c.engines, c.mps, str(c.thread_percentages)) for c in chosen}) == 1
+
+
+def test_what_was_found_on_the_h200_stays_found():
+    small = replay(ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024")
+    assert (small.recommendation.engines, small.recommendation.mps) == (3, True)
+    assert small.recommendation.gain_vs_best_without_mps.low > 1.10
+    assert of(small, 3, True, 66).outcome == of(small, 3, True, 33).outcome == "wrong_results"
+    large = replay(ROOT / "data" / "h200-qwen2.5-3b-serve-1024")
+    assert (large.recommendation.engines, large.recommendation.mps) == (1, False)
+
+
+def test_an_engine_killed_under_load_is_a_crash_and_the_profile_still_ends_with_a_verdict():
+    report = replay(KILLED_ENGINE)
+    killed = of(report, 2, True)
+    assert killed.outcome == "crash"
+    assert "engine core ended" in killed.why_not
+    assert report.recommendation.status == "recommend"
+    assert any(caution.code == "not_measured" and "2-engines-mps" in caution.text for caution in report.warnings)
+    raw = next(raw for raw in RunFolder(KILLED_ENGINE).trials() if raw.spec.mps and raw.spec.engines == 2)
+    assert raw.teardown.left_pids == [] and not raw.teardown.daemon_left
+
+
+def test_a_decode_wave_that_was_load_bound_is_rejected_not_reported():
+    tried = [judge(raw) for raw in RunFolder(ROOT / "tests" / "data" / "decode").trials()]
+    bound = [one for one in tried if "load generator" in one.why]
+    assert bound and all(one.outcome == "invalid" and one.measurement is None for one in bound)
+
+
+def test_a_change_of_one_raw_sample_changes_the_report(tmp_path: Path):
+    source = ROOT / "data" / "h200-qwen2.5-3b-serve-1024"
+    before = replay(source)
+    for path in source.rglob("*"):
+        if path.is_file() and path.name != "report.json":
+            copy = tmp_path / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    trial = tmp_path / "trials" / "000-1-engine-no-mps.json.gz"
+    raw = json.loads(gzip.decompress(trial.read_bytes()))
+    load = raw["loads"][0]
+    middle = int(((raw["window"][0] + raw["window"][1]) / 2 - load["bins_start_s"]) / load["bin_s"])
+    load["tokens"][middle] += 400
+    trial.write_bytes(gzip.compress(json.dumps(raw).encode()))
+    after = replay(tmp_path)
+    assert of(after, 1, False).throughput_tok_per_s != of(before, 1, False).throughput_tok_per_s
+    assert of(after, 2, True).gain_vs_default != of(before, 2, True).gain_vs_default
+
+
+def test_a_stored_report_is_never_read(tmp_path: Path):
+    source = ROOT / "data" / "h200-qwen2.5-3b-serve-1024"
+    for path in [source / "manifest.json", *(source / "trials").iterdir()]:
+        copy = tmp_path / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (tmp_path / "report.json").write_text("not even JSON")
+    assert replay(tmp_path) == msgspec.structs.replace(replay(source))
+
+
+def test_a_run_older_than_the_repeating_of_trials_is_judged_on_its_first_attempt():
+    folder = ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024"
+    crashed = of(replay(folder), 3, False)
+    assert crashed.outcome == "crash"
+    raw: RawTrial = next(raw for raw in RunFolder(folder).trials() if raw.ended == "crash")
+    assert not search.had_load(judge(raw))
+
+
+def test_auto_prefers_the_run_whose_requests_are_as_they_are_sent_now():
+    manifest = RunFolder(ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024").manifest()
+    workload = msgspec.structs.replace(manifest.question.workload, osl_spread=0)
+    assert choose("qwen2.5-0.5b", workload).path.name == "h200-qwen2.5-0.5b-serve-1024"
