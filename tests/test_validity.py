@@ -299,8 +299,8 @@ def paced(trial, pace, low_s=0.0, high_s=math.inf):
 
 
 def test_steady_decode_with_a_block_without_a_token_is_refused():
-    assert codes(paced(DECODE, 0.0, 1.4, 3.2)) == {"stalled"}
-    assert codes(paced(DECODE, 0.0, 1.7, 2.7)) == set()
+    assert codes(paced(DECODE, 0.0, 1.1, 2.6)) == {"stalled"}
+    assert codes(paced(DECODE, 0.0, 1.4, 2.3)) == set()
 
 
 @pytest.mark.parametrize(("pace", "refused"), [(0.5, True), (0.83, True), (0.9, False), (1.1, False), (1.2, True)])
