@@ -512,6 +512,7 @@ def test_a_worker_whose_parent_is_another_process_does_nothing(tokenizer):
         model=NAME,
         workload=workload("serve"),
         concurrency=1,
+        first_slot=0,
         decode_tokens=0,
         tokenizer=str(tokenizer),
         bin_s=0.1,

@@ -46,7 +46,7 @@ class LoadTimeout(LoadFailed):
 
 
 class LoadJob(Record, frozen=True):
-    """One engine's share of a workload: `concurrency` of its requests, sent to `base_url`.
+    """One engine's share of a workload, or a part of it: `concurrency` of its requests, sent to `base_url`.
 
     `model` is the name that the engine serves. `decode_tokens` is the output length of the requests of the
     workload "decode", which are sent once. `cores` replaces the cores that all workers share.
@@ -57,6 +57,7 @@ class LoadJob(Record, frozen=True):
     model: str
     workload: Workload
     concurrency: int
+    first_slot: int = 0
     decode_tokens: int = 0
     cores: list[int] | None = None
 
@@ -212,6 +213,7 @@ class Load:
                 model=job.model,
                 workload=job.workload,
                 concurrency=job.concurrency,
+                first_slot=job.first_slot,
                 decode_tokens=job.decode_tokens,
                 tokenizer=str(tokenizer.resolve()),
                 bin_s=bin_s,

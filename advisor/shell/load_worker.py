@@ -59,6 +59,7 @@ _PR_SET_PDEATHSIG: Final = 1
 class LoadConfig(Record, frozen=True):
     """One engine's share of a workload: `concurrency` requests in flight at a time. `cores` empty: not pinned.
 
+    Its slots are numbered from `first_slot`, so that several workers of one engine send different prompts.
     `decode_tokens` is the output length of every request of the workload "decode"; the others do not use it.
     """
 
@@ -67,6 +68,7 @@ class LoadConfig(Record, frozen=True):
     model: str
     workload: Workload
     concurrency: int
+    first_slot: int
     decode_tokens: int
     tokenizer: str  # path of a tokenizer.json
     bin_s: float
@@ -257,7 +259,7 @@ class Client:
         prompt is then checked.
         """
         wanted = prompt_tokens(self._config.workload)
-        rng = random.Random(f"{self._config.workload.seed}/{self._config.engine}/calibration")
+        rng = random.Random(f"{self._config.workload.seed}/{self._config.engine}/calibration/{self._config.first_slot}")
         short = min(wanted, CALIBRATION_WORDS)
         words = wanted - (await self._count(rng, short) - short)
         if words < 1:
@@ -304,7 +306,7 @@ class ClosedLoop:
 
     async def _slot(self, index: int) -> None:
         workload = self._config.workload
-        rng = random.Random(f"{workload.seed}/{self._config.engine}/{index}")
+        rng = random.Random(f"{workload.seed}/{self._config.engine}/{self._config.first_slot + index}")
         # Without different first lengths all slots would end, and be prefilled, in the same steps for ever.
         staggered = workload.kind == "serve"
         full = {"serve": workload.osl, "prefill": 1, "decode": self._config.decode_tokens}[workload.kind]

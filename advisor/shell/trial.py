@@ -16,6 +16,7 @@ from types import FrameType
 import psutil
 
 from advisor.core.errors import Unfit
+from advisor.core.loads import merge
 from advisor.core.records import (
     SCHEMA_VERSION,
     CpuUse,
@@ -47,6 +48,9 @@ from advisor.shell.processes import child_environment
 FIXED_PROMPTS, FIXED_PROMPT_TOKENS, FIXED_PROMPT_SEED = 4, 96, 20250
 # GPU memory that may stay in use after a trial: driver bookkeeping, not ours.
 MEMORY_SLACK_BYTES = 300 << 20
+
+# How long a failed load waits for an engine's death to become visible.
+BLAME_S = 2.0
 
 Say = Callable[[str], None]
 
@@ -134,6 +138,7 @@ class LoadTrial:
         self._daemon: mps.Daemon | None = None
         self._engines: Engines | None = None
         self._load: Load | None = None
+        self._jobs: list[LoadJob] = []
         self._sampler: Sampler | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="t", dir=place.scratch))
 
@@ -145,13 +150,24 @@ class LoadTrial:
         except EngineFailed as failure:
             self._fail(failure.ended, failure.detail)
         except LoadFailed as failure:
-            self._fail("crash", str(failure))
+            self._fail(*self._blame(failure))
         except mps.MpsQueryError as failure:
             self._fail("crash", f"MPS: {failure}")
         finally:
             with uninterrupted(self._say):
                 self._tear_down(memory_before)
         return self._record()
+
+    def _blame(self, failure: LoadFailed) -> tuple[str, str]:
+        """Requests that fail are mostly an engine that died: give that a moment to show, for it is the cause."""
+        deadline = time.monotonic() + BLAME_S
+        while self._engines is not None and time.monotonic() < deadline:
+            try:
+                self._engines.check()
+            except EngineFailed as cause:
+                return cause.ended, cause.detail
+            time.sleep(0.1)
+        return "crash", str(failure)
 
     def _fail(self, ended: str, detail: str) -> None:
         match ended:
@@ -182,7 +198,10 @@ class LoadTrial:
         self._window()
         self._clock.stage("drain")
         if self._load is not None and self._seen.window is not None:
-            self._seen.loads = self._load.stop(self._seen.window, self._protocol.drain_timeout_s)
+            parts = self._load.stop(self._seen.window, self._protocol.drain_timeout_s)
+            self._seen.loads = [
+                merge([part for part in parts if part.engine == engine]) for engine in range(self._spec.engines)
+            ]
 
     def _start_daemon(self) -> dict[str, str]:
         if not self._spec.mps:
@@ -217,21 +236,9 @@ class LoadTrial:
 
     def _start_load(self) -> None:
         assert self._engines is not None
-        jobs = [
-            LoadJob(
-                engine=index,
-                base_url=url,
-                model=SERVED_NAME,
-                workload=self._workload,
-                concurrency=share,
-                decode_tokens=output_tokens(self._workload),
-            )
-            for index, (url, share) in enumerate(
-                zip(self._engines.urls, shares(self._workload.concurrency, self._spec.engines), strict=True)
-            )
-        ]
+        self._jobs = list(self._load_jobs(self._engines.urls))
         self._load = Load.start(
-            jobs,
+            self._jobs,
             tokenizer=self._place.tokenizer,
             bin_s=self._protocol.bin_s,
             origin_s=self._clock.origin_s,
@@ -249,6 +256,25 @@ class LoadTrial:
         )
         self._sampler.start()
         self._load.go()
+
+    def _load_jobs(self, urls: Sequence[str]) -> Iterator[LoadJob]:
+        """Every load core gets a generator as far as it divides: one generator is one thread, and may be the limit."""
+        per_engine = max(1, len(self._spec.load_cores) // self._spec.engines)
+        for engine, (url, share) in enumerate(
+            zip(urls, shares(self._workload.concurrency, self._spec.engines), strict=True)
+        ):
+            first_slot = 0
+            for part in shares(share, min(per_engine, share)):
+                yield LoadJob(
+                    engine=engine,
+                    base_url=url,
+                    model=SERVED_NAME,
+                    workload=self._workload,
+                    concurrency=part,
+                    first_slot=first_slot,
+                    decode_tokens=output_tokens(self._workload),
+                )
+                first_slot += part
 
     def _warm_up(self) -> None:
         if self._workload.kind == "decode":
@@ -361,7 +387,7 @@ class LoadTrial:
             rows.append(_cpu_time("api_server", index, api))
             if core is not None:
                 rows.append(_cpu_time("engine_core", index, core))
-        rows += [_cpu_time("load", index, pid) for index, pid in enumerate(self._load.pids)]
+        rows += [_cpu_time("load", job.engine, pid) for job, pid in zip(self._jobs, self._load.pids, strict=True)]
         rows.append(_cpu_time("advisor", None, psutil.Process().pid))
         if self._daemon is not None:
             rows += [_cpu_time("mps_server", None, pid) for pid in self._daemon.servers()]
