@@ -113,8 +113,13 @@ def profile(
         str, typer.Option(help="auto (100/N, 150/N, 200/N), none, or a list like 40,60.", metavar="auto|none|LIST")
     ] = "auto",
     min_gain: Annotated[
-        str, typer.Option(help="What MPS has to bring over the best without it, lower bound included.", metavar="PCT")
-    ] = "10%",
+        str | None,
+        typer.Option(
+            help="What MPS has to bring over the best without it, lower bound included. "
+            "[default: 10%; in a replay what was recorded]",
+            metavar="PCT",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="vLLM's --quantization, fp8 for example.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="vLLM's --kv-cache-dtype.")] = "auto",
@@ -146,7 +151,7 @@ def profile(
         concurrency=concurrency,
         max_engines=max_engines,
         thread_percentages=_percentages(thread_percentages),
-        min_gain=_share(min_gain, "--min-gain"),
+        min_gain=None if min_gain is None else _share(min_gain, "--min-gain"),
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
@@ -198,7 +203,7 @@ def _share(text: str, option: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = float("nan")
-    if not 0 <= value < 10:
+    if not 0 <= value < (10 if text.endswith("%") else 1):
         raise BadQuestion(f"{option} is “{text}”; a share like 10% or 0.1 is expected")
     return value
 

@@ -41,12 +41,14 @@ from advisor.core.workload import as_served, spread
 from advisor.report.as_json import dumps
 from advisor.shell import hub, replay, weights
 from advisor.shell.clock import now
+from advisor.shell.processes import inherited
 from advisor.shell.resources import load_yaml
 from advisor.shell.store import RunFolder, write
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+DEFAULT_MIN_GAIN = 0.10
 DRY_RUN_GPU = "gpus/h200.yaml"
 
 
@@ -61,7 +63,7 @@ class Asked:
     concurrency: int
     max_engines: int
     thread_percentages: Literal["auto", "none"] | list[int]
-    min_gain: float
+    min_gain: float | None
     dtype: str
     quantization: str | None
     kv_cache_dtype: str
@@ -87,7 +89,7 @@ def _question(asked: Asked, model: ModelFacts) -> Question:
         workload=msgspec.structs.replace(workload, osl_spread=apart),
         max_engines=asked.max_engines,
         thread_percentages=asked.thread_percentages,
-        min_gain=asked.min_gain,
+        min_gain=DEFAULT_MIN_GAIN if asked.min_gain is None else asked.min_gain,
     )
 
 
@@ -124,6 +126,8 @@ def _settings(model: ModelFacts, gpu: GpuFacts, question: Question) -> EngineSet
 
 def replayed(asked: Asked, where: str) -> Report:
     """The report of a recorded run, computed from its raw evidence alone."""
+    if asked.resume or asked.out is not None or asked.gpu is not None:
+        raise BadQuestion("--replay measures nothing and records nothing; leave out --resume, --out and --gpu")
     workload = _workload(asked) if asked.ctx is not None else None
     if where == "auto":
         if asked.model is None or workload is None:
@@ -135,9 +139,26 @@ def replayed(asked: Asked, where: str) -> Report:
         manifest = folder.manifest()
         if not replay.fits(manifest, asked.model, workload):
             raise NotRecorded(f"{where} answers another question: {replay.describe(manifest)}")
+    for option, wanted, recorded in (
+        ("--quantization", asked.quantization, manifest.model.quantization),
+        ("--dtype", None if asked.dtype == "auto" else asked.dtype, manifest.model.dtype),
+        (
+            "--kv-cache-dtype",
+            None if asked.kv_cache_dtype == "auto" else asked.kv_cache_dtype,
+            manifest.model.kv_cache_dtype,
+        ),
+        (
+            "--thread-percentages",
+            None if asked.thread_percentages == "auto" else asked.thread_percentages,
+            manifest.question.thread_percentages,
+        ),
+    ):
+        if wanted is not None and wanted != recorded:
+            raise NotRecorded(f"{folder.path.name} was recorded with {option} {recorded or 'none'}, not {wanted}")
     # How the evidence is judged is today's question; which trials there are is the recorded one's.
-    question = msgspec.structs.replace(manifest.question, min_gain=asked.min_gain)
-    manifest = msgspec.structs.replace(manifest, question=question)
+    if asked.min_gain is not None:
+        question = msgspec.structs.replace(manifest.question, min_gain=asked.min_gain)
+        manifest = msgspec.structs.replace(manifest, question=question)
     return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True)
 
 
@@ -236,7 +257,7 @@ def live(asked: Asked, console: Console) -> Report:
         else:
             folder.create(manifest)
         if stand_ins is not None:
-            weights.write(stand_ins, model.dtype, model_folder)
+            _write_weights(stand_ins, model.dtype, model_folder)
         place = Place(
             manifest=manifest,
             model_folder=model_folder,
@@ -252,7 +273,11 @@ def live(asked: Asked, console: Console) -> Report:
             report = flow.profile(manifest, runner, created=now(), replayed=False, on_trial=progress.trial)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    write(folder.path / "report.json", dumps(report).encode())
+    try:
+        write(folder.path / "report.json", dumps(report).encode())
+    except OSError as error:
+        # The verdict is known and the evidence is safe; only this copy of the answer is missing.
+        console.print(f"report.json could not be written: {error.strerror}", soft_wrap=True, markup=False)
     return report
 
 
@@ -277,6 +302,13 @@ def _scrub(model_folder: Path, scratch: Path) -> dict[str, str]:
     return {path: names[path] for path in sorted(names, key=len, reverse=True) if len(path) > 1}
 
 
+def _write_weights(stand_ins: list[Tensor], dtype: str, folder: Path) -> None:
+    try:
+        weights.write(stand_ins, dtype, folder)
+    except OSError as error:
+        raise Unfit(f"stand-in weights could not be written to {folder}: {error.strerror}; free some space") from error
+
+
 def _stand_ins(model: ModelFacts, scratch: Path) -> list[Tensor] | None:
     """The stand-in weights to write for a model that has none here; None where vLLM has to make its own."""
     if model.weights == "real":
@@ -293,9 +325,11 @@ def _resumed(folder: RunFolder, fresh: Manifest, out: Path | None) -> Manifest:
         folder.create(fresh)
         return fresh
     recorded = folder.manifest()
-    for name in ("question", "model", "gpu", "software", "settings"):
+    for name in ("question", "model", "gpu", "software", "settings", "protocol"):
         if getattr(recorded, name) != getattr(fresh, name):
             raise Unfit(f"{folder.path} was recorded with another {name}; ask exactly as then, or choose another --out")
+    if recorded.host.cores != fresh.host.cores:
+        raise Unfit(f"{folder.path} was recorded on other CPU cores ({recorded.host.cores}); allow the same ones again")
     return recorded
 
 
@@ -316,7 +350,7 @@ def _manifest(
 
 
 def _software(vllm: str | None, torch: str | None = None) -> Software:
-    shown = {name: value for name, value in os.environ.items() if name.startswith("VLLM_") and "/" not in value}
+    shown = {name: value for name, value in inherited().items() if name.startswith("VLLM_") and "/" not in value}
     return Software(advisor=__version__, python=platform.python_version(), vllm=vllm, torch=torch, environment=shown)
 
 

@@ -130,19 +130,19 @@ def test_a_percentage_with_right_products_is_approved():
 def test_a_wrong_product_is_named_with_its_rows_and_error():
     verdict = judge_products(raw(result(), result(product="down", rows=512, worst_error=0.37)), 50)
     assert (verdict.ok, verdict.worst_error) == (False, 0.37)
-    assert verdict.why == "matrix product down with 512 rows off by 0.37"
+    assert verdict.why == "matrix product down at batch 512 off by 0.37"
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf, NOT_FINITE])
 def test_a_product_that_is_not_finite_is_refused_even_beside_a_larger_number(error):
     verdict = judge_products(raw(result(worst_error=5.0), result(product="o", worst_error=error)), 50)
-    assert (verdict.ok, verdict.why) == (False, "matrix product o with 64 rows not finite")
+    assert (verdict.ok, verdict.why) == (False, "matrix product o at batch 64 never written or not finite in parts")
     assert math.isfinite(verdict.worst_error)
 
 
 def test_a_product_that_differs_between_launches_is_refused():
     verdict = judge_products(raw(result(), result(product="qkv", rows=8, unstable=True)), 50)
-    assert (verdict.ok, verdict.why) == (False, "matrix product qkv with 8 rows differs between repeated launches")
+    assert (verdict.ok, verdict.why) == (False, "matrix product qkv at batch 8 differs between repeated launches")
 
 
 @pytest.mark.parametrize("why", ["RuntimeError: CUDA error", ""])
@@ -154,7 +154,7 @@ def test_a_failed_check_is_refused_however_good_what_it_finished(why):
 
 def test_a_wrong_product_is_told_rather_than_that_the_check_was_cut_short():
     verdict = judge_products(raw(result(worst_error=0.56), failed={"50": "not done after 60 s"}), 50)
-    assert verdict.why == "matrix product gate_up with 64 rows off by 0.56"
+    assert verdict.why == "matrix product gate_up at batch 64 off by 0.56"
 
 
 def test_a_percentage_that_was_not_checked_is_refused():
@@ -195,7 +195,7 @@ def test_one_wrong_product_among_right_ones_is_always_refused(errors, wrong, pla
     errors.insert(place, wrong)
     verdict = judge_products(raw(*(result(rows=i + 1, worst_error=e) for i, e in enumerate(errors))), 50)
     assert not verdict.ok
-    assert f"with {errors.index(wrong) + 1} rows" in verdict.why
+    assert f"at batch {errors.index(wrong) + 1}" in verdict.why
 
 
 def test_the_multiprocessors_that_a_client_saw_are_read_from_its_results():

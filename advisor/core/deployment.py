@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+import msgspec
+
 from advisor.core import cores, settings
 from advisor.core.records import Candidate, Manifest
 
@@ -21,11 +23,12 @@ LOG_DIRECTORY = "/tmp/mps/log"
 FIRST_PORT = 8000
 
 
-def environment(candidate: Candidate) -> dict[str, str]:
-    """What every engine's environment has to hold, besides CUDA_VISIBLE_DEVICES."""
+def environment(manifest: Manifest, candidate: Candidate) -> dict[str, str]:
+    """What every engine's environment has to hold: the GPU, what vLLM was set to, and the way to the daemon."""
+    variables = {"CUDA_VISIBLE_DEVICES": manifest.gpu.uuid, **manifest.software.environment}
     if not candidate.mps:
-        return {}
-    variables = {"CUDA_MPS_PIPE_DIRECTORY": PIPE_DIRECTORY, "CUDA_MPS_LOG_DIRECTORY": LOG_DIRECTORY}
+        return variables
+    variables |= {"CUDA_MPS_PIPE_DIRECTORY": PIPE_DIRECTORY, "CUDA_MPS_LOG_DIRECTORY": LOG_DIRECTORY}
     if candidate.thread_percentages:
         variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(candidate.thread_percentages[0])
     return variables
@@ -36,15 +39,18 @@ def commands(manifest: Manifest, candidate: Candidate) -> list[str]:
     if candidate.settings is None:
         return []
     lines = []
-    variables = environment(candidate)
+    variables = environment(manifest, candidate)
     if candidate.mps:
-        directories = f"CUDA_MPS_PIPE_DIRECTORY={PIPE_DIRECTORY} CUDA_MPS_LOG_DIRECTORY={LOG_DIRECTORY}"
+        directories = (
+            f"CUDA_VISIBLE_DEVICES={manifest.gpu.uuid} CUDA_MPS_PIPE_DIRECTORY={PIPE_DIRECTORY} "
+            f"CUDA_MPS_LOG_DIRECTORY={LOG_DIRECTORY}"
+        )
         lines.append(f"mkdir -p {PIPE_DIRECTORY} {LOG_DIRECTORY}")
         lines.append(f"{directories} nvidia-cuda-mps-control -d")
-    prefix = " ".join(f"{name}={value}" for name, value in variables.items())
-    flags = " ".join(
-        shlex.quote(flag) for flag in settings.serve_arguments(candidate.settings, manifest.question.workload.kind)
-    )
+    prefix = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    # What stood in for weights and for prefill while measuring has no place in a deployment.
+    real = msgspec.structs.replace(candidate.settings, load_format="auto")
+    flags = " ".join(shlex.quote(flag) for flag in settings.serve_arguments(real, "serve"))
     placed = cores.plan(manifest.host.cores, candidate.engines)
     for engine in range(candidate.engines):
         pin = f"taskset -c {','.join(map(str, placed.engine_cores[engine]))} " if placed else ""

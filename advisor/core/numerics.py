@@ -108,7 +108,11 @@ def _fault(
 ) -> str | None:
     if worst is not None and _severity(worst) > limit:
         where = _where(worst)
-        return f"{where} not finite" if _severity(worst) >= NOT_FINITE else f"{where} off by {worst.worst_error:.2g}"
+        return (
+            f"{where} never written or not finite in parts"
+            if _severity(worst) >= NOT_FINITE
+            else f"{where} off by {worst.worst_error:.2g}"
+        )
     if unstable := next((result for result in own if result.unstable), None):
         return f"{_where(unstable)} differs between repeated launches"
     if str(percentage) in raw.failed:
@@ -125,7 +129,7 @@ def _fault(
 
 
 def _where(result: NumericsResult) -> str:
-    return f"matrix product {result.product} with {result.rows} rows"
+    return f"matrix product {result.product} at batch {result.rows}"
 
 
 # ---------------------------------------------------------------- log-probabilities

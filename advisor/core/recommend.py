@@ -14,6 +14,7 @@ from advisor.core.records import (
     Caution,
     Manifest,
     Measurement,
+    Outcome,
     Recommendation,
     Report,
     Stage,
@@ -90,9 +91,10 @@ def _judge_logprobs(loads: Sequence[Tried]) -> list[Tried]:
                 [engine.prompt_logprobs for engine in reference.raw.engines] if reference else [],
             )
             if not verdict.ok:
-                judged.append(
-                    msgspec.structs.replace(one, outcome="wrong_results", measurement=None, why=verdict.why or "")
-                )
+                # Where nothing could be compared, nothing was shown to be wrong.
+                outcome: Outcome = "skipped" if verdict.worst_error is None else "wrong_results"
+                why = verdict.why or ""
+                judged.append(msgspec.structs.replace(one, outcome=outcome, measurement=None, why=why))
                 continue
         judged.append(one)
     return judged
@@ -153,8 +155,13 @@ def _numerics_of(checks: Sequence[Tried], percentage: int | None) -> tuple[float
         raw = check.raw.numerics
         if raw is not None:
             errors = [r.worst_error for r in raw.results if r.percentage == percentage]
-            return (max(errors) if errors else None), numerics.sms_at(raw, percentage)
+            return _finite(max(errors, default=None)), numerics.sms_at(raw, percentage)
     return None, None
+
+
+def _finite(error: float | None) -> float | None:
+    """An error, or None where the result was not even finite: there is no figure for that."""
+    return None if error is None or error >= numerics.NOT_FINITE else error
 
 
 def _left_out(manifest: Manifest, one: LeftOut, checks: Sequence[Tried]) -> Candidate:
@@ -168,7 +175,7 @@ def _left_out(manifest: Manifest, one: LeftOut, checks: Sequence[Tried]) -> Cand
         settings=None,
         outcome=one.outcome,
         source="measured" if one.outcome == "wrong_results" else None,
-        worst_product_error=error if one.worst_product_error is None else one.worst_product_error,
+        worst_product_error=_finite(error if one.worst_product_error is None else one.worst_product_error),
         why_not=one.why,
     )
 
@@ -189,7 +196,10 @@ def _recommend(manifest: Manifest, candidates: Sequence[Candidate], default: Tri
             sentence="No verdict: the default engine has no valid trial, so there is nothing to compare with.",
         )
     threshold = 1.0 + manifest.question.min_gain
-    ok = [one for one in candidates if one.outcome == "ok"]
+    # One engine under MPS shows what MPS costs; it is not a way to run.
+    ok = [one for one in candidates if one.outcome == "ok" and not (one.mps and one.engines == 1)]
+    if missing := _not_comparable(candidates):
+        return Recommendation(status="inconclusive", sentence=f"No verdict: {missing}.")
     allowed = [one for one in ok if not one.mps or _clears(one, threshold)]
     best = max(allowed, key=_rate)
     choice = min((one for one in allowed if _rate(one) * AS_GOOD >= _rate(best)), key=_simplicity)
@@ -212,12 +222,38 @@ def _recommend(manifest: Manifest, candidates: Sequence[Candidate], default: Tri
         gain_vs_default=choice.gain_vs_default,
         gain_vs_tuned=choice.gain_vs_tuned,
         gain_vs_best_without_mps=choice.gain_vs_best_without_mps,
-        sentence=_sentence(choice, ok, threshold),
-        because=_because(choice, ok, threshold),
+        sentence=_sentence(choice, ok, threshold) + _rival_missing(choice, candidates),
+        because=_because(choice, candidates, threshold),
         cost_of_mps=deployment.COST_OF_MPS if choice.mps else [],
-        environment=deployment.environment(choice),
+        environment=deployment.environment(manifest, choice),
         commands=deployment.commands(manifest, choice),
     )
+
+
+# Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
+_ACCIDENTS = ("crash", "timeout", "invalid", "not_attached")
+
+
+def _not_comparable(candidates: Sequence[Candidate]) -> str:
+    """Which side of the comparison is missing by accident; empty when both sides were measured or cannot be.
+
+    A verdict for or against MPS needs several engines without it and several engines under it.
+    """
+    for mps, side in ((False, "without MPS"), (True, "under MPS")):
+        several = [one for one in candidates if one.engines > 1 and one.mps == mps and one.thread_percentages is None]
+        failed = [one for one in several if one.outcome in _ACCIDENTS]
+        if failed and not any(one.outcome == "ok" for one in several):
+            return f"no trial of several engines {side} succeeded ({_name(failed[0])}: {failed[0].why_not})"
+    return ""
+
+
+def _rival_missing(choice: Candidate, candidates: Sequence[Candidate]) -> str:
+    """A note for the sentence when as many engines without MPS could not be measured."""
+    for one in candidates:
+        same = one.engines == choice.engines and not one.mps and one.outcome in _ACCIDENTS
+        if same and choice.mps:
+            return f" {_name(one)} could not be measured ({one.outcome.replace('_', ' ')})."
+    return ""
 
 
 def _clears(one: Candidate, threshold: float) -> bool:
@@ -277,9 +313,10 @@ def _sentence(choice: Candidate, ok: Sequence[Candidate], threshold: float) -> s
     return f"Run {choice.engines} engines without MPS: {_times(choice.gain_vs_default)} one engine.{against}"
 
 
-def _because(choice: Candidate, ok: Sequence[Candidate], threshold: float) -> list[str]:
+def _because(choice: Candidate, candidates: Sequence[Candidate], threshold: float) -> list[str]:
     """Reasons made only of figures that stand in the candidates."""
     reasons = []
+    ok = [one for one in candidates if one.outcome == "ok"]
     without = [one for one in ok if not one.mps]
     best_without = max(without, key=_rate)
     rival = _best_mps(ok)

@@ -63,19 +63,14 @@ def decide(manifest: Manifest) -> Search:
     return left_out
 
 
-def had_load(tried: Tried) -> bool:
-    """Whether the trial got as far as sending requests."""
-    return any(stage.name == "warm-up" for stage in tried.raw.timeline)
-
-
 def _measured(spec: TrialSpec) -> Generator[TrialSpec, Tried, Tried]:
-    """One trial, and once more when a disturbance may have passed.
+    """One trial, and once more when it failed by what may have been an accident.
 
-    That is when its evidence had to be rejected, or when an engine crashed before it ever had any load: two engines
-    that start in the same second have been seen to choose the same port.
+    An engine that was killed, a port that two engines chose, a disturbance that made the evidence worthless: the
+    candidate is not to blame, and a verdict needs it. Too little memory is no accident.
     """
     result = yield spec
-    if result.outcome == "invalid" or (result.outcome == "crash" and not had_load(result)):
+    if result.outcome in ("invalid", "crash", "timeout", "not_attached"):
         result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
     return result
 
@@ -238,7 +233,15 @@ def numerics_spec(manifest: Manifest, wanted: list[int]) -> TrialSpec:
         mps=True,
         settings=manifest.settings,
         percentages=wanted,
-        batch_sizes=settings.captured_batch_sizes(
-            manifest.settings.max_cudagraph_capture_size, manifest.settings.max_num_batched_tokens
-        ),
+        batch_sizes=_checked_sizes(manifest.settings),
     )
+
+
+# Steps that mix prefill and decode run without a graph at any size up to the token budget. These are a sample.
+_MIXED_SIZES = (520, 777, 1024, 1283, 1536, 2048, 2601, 3072, 4096, 5003, 6144, 7168, 7919)
+
+
+def _checked_sizes(base: EngineSettings) -> list[int]:
+    """Batch sizes at which products are checked: the captured ones, and a sample of those beyond them."""
+    captured = settings.captured_batch_sizes(base.max_cudagraph_capture_size, base.max_num_batched_tokens)
+    return captured + [n for n in _MIXED_SIZES if base.max_cudagraph_capture_size < n < base.max_num_batched_tokens]

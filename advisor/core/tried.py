@@ -69,12 +69,14 @@ def slug(spec: TrialSpec) -> str:
 def key(spec: TrialSpec) -> str:
     """The identity of a trial inside one run, as canonical JSON.
 
-    Memory shares, core lists and the protocol follow from the run's manifest and are not part of it, so that a
-    recorded run can still be replayed after a rule for one of them was improved. What was really used stands in
-    the recorded spec, and that is what a report shows.
+    Memory shares, core lists, checked batch sizes and the protocol follow from the run's manifest and are not part
+    of it, so that a recorded run can still be replayed after a rule for one of them was improved. What was really
+    used stands in the recorded spec, and that is what a report shows.
     """
     settings = spec.settings
     if settings is not None:
         settings = msgspec.structs.replace(settings, kv_cache_memory_bytes=0, max_model_len=0)
-    same = msgspec.structs.replace(spec, settings=settings, protocol=None, engine_cores=[], load_cores=[])
+    same = msgspec.structs.replace(
+        spec, settings=settings, protocol=None, engine_cores=[], load_cores=[], batch_sizes=[]
+    )
     return msgspec.json.encode(same, order="sorted").decode()

@@ -443,7 +443,7 @@ def cautions(raw: RawTrial, measurement: Measurement) -> list[Caution]:
     """What the reader of a trial that counts must know. Meant for trials without faults.
 
     Codes: `throttled` `power_capped` `steal` `preemptions` `coalesced` `load_busy` `unequal_engines`
-    `memory_left` `processes_left` `teardown_unproven`.
+    `settings_unverified` `memory_left` `processes_left` `teardown_unproven`.
     """
     if raw.window is None or raw.spec.workload is None:
         return []
@@ -451,6 +451,7 @@ def cautions(raw: RawTrial, measurement: Measurement) -> list[Caution]:
         *_clock_cautions(raw, raw.window),
         *_cpu_cautions(raw, measurement),
         *_server_cautions(raw),
+        *_unverified(raw),
         *_balance_cautions(raw, raw.spec.workload, raw.window),
         *_teardown_cautions(raw),
     ]
@@ -518,6 +519,16 @@ def _server_cautions(raw: RawTrial) -> Iterator[Caution]:
             text=f"Streamed chunks held {tokens / chunks:.2f} tokens on average: an API server was behind its engine, "
             "so latencies between tokens are coarser than they look.",
             remedy="Give the API servers more cores, or try more of them (--api-server-count).",
+        )
+
+
+def _unverified(raw: RawTrial) -> Iterator[Caution]:
+    missing = sorted({name for engine in raw.engines for name in _COMPARED_SETTINGS if name not in engine.resolved})
+    if missing:
+        yield Caution(
+            code="settings_unverified",
+            text=f"vLLM's log does not tell what it resolved for {', '.join(missing)}; what was asked for is assumed.",
+            remedy="Use a vLLM version that this mps-advisor knows, or check the engines' logs.",
         )
 
 

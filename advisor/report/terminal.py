@@ -217,12 +217,17 @@ def _p95(times: Percentiles | None) -> str:
 def _percent(share: float | None) -> str:
     if share is None:
         return MISSING
-    return f"{share:.0f} %" if share >= 1 or share == 0 else f"{share:.1g} %"
+    if 0 < share < 0.1:
+        return "<0.1 %"
+    return f"{share:.0f} %" if share >= 1 or share == 0 else f"{share:.1f} %"
 
 
 def _failure(one: Candidate) -> str:
     words = OUTCOME_IN_WORDS[one.outcome]
+    # What an engine said last is in the JSON; here the fact is enough.
     reason = clean(one.why_not or "")
+    if one.outcome in ("crash", "timeout"):
+        reason = reason.split("; ")[0]
     if not reason or reason.lower().startswith(words):
         return reason or words
     return f"{words} ({reason})"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,7 @@ class Engines:
 
     def start(self) -> None:
         """Start all of them at once; they compile and capture side by side."""
-        for index, launch in enumerate(self._launches):
-            port = _free_port()
+        for index, (launch, port) in enumerate(zip(self._launches, _free_ports(len(self._launches)), strict=True)):
             process = start_pinned(
                 [*launch.argv, "--host", "127.0.0.1", "--port", str(port)],
                 launch.cores,
@@ -330,10 +330,13 @@ class Engines:
         return time.monotonic() - self._origin_s
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """As many different free ports; all are held until the last one is found."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _healthy(engine: _Engine) -> bool:

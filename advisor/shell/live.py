@@ -69,12 +69,16 @@ class Live:
             self._say(f"{slug(spec)}: {text}")
 
         if spec.kind == "numerics":
-            raw = self._numerics(spec, say)
+            raw, interrupted = self._numerics(spec, say)
         else:
-            raw = LoadTrial(self._place, self._nvml, spec, now(), say).run()
+            trial = LoadTrial(self._place, self._nvml, spec, now(), say)
+            raw = trial.run()
+            interrupted = trial.interrupted
         self._folder.append(raw)
         self._recorded[key(spec)] = raw
         self._refuse_leftovers(raw)
+        if interrupted:
+            raise KeyboardInterrupt
         return raw
 
     def _refuse_leftovers(self, raw: RawTrial) -> None:
@@ -83,15 +87,18 @@ class Live:
             what = f"PID {', '.join(map(str, left.left_pids))}" if left.left_pids else "the MPS daemon"
             raise Unfit(f"{what} could not be ended after trial “{slug(raw.spec)}”; end it, then go on with --resume")
 
-    def _numerics(self, spec: TrialSpec, say: Callable[[str], None]) -> RawTrial:
-        """The model's own matrix products in real MPS clients, one percentage after another."""
+    def _numerics(self, spec: TrialSpec, say: Callable[[str], None]) -> tuple[RawTrial, bool]:
+        """The model's own matrix products in real MPS clients, one percentage after another.
+
+        The second value says whether somebody asked to stop while the daemon was being ended.
+        """
         if self._place.control is None or spec.settings is None:
             raise Unfit("nvidia-cuda-mps-control is not on PATH; install the NVIDIA driver's MPS programs")
         uuid = self._place.manifest.gpu.uuid
         clock = Clock()
         before = self._nvml.memory_used_bytes(uuid)
         raw: RawNumerics | None = None
-        detail, steps, daemon_left = "", [], False
+        detail, steps, daemon_left, stop = "", [], False, False
         clock.stage("check products")
         try:
             daemon = mps.Daemon.start(
@@ -112,15 +119,16 @@ class Live:
                     dtype=self._place.manifest.model.dtype,
                 )
             finally:
-                with uninterrupted(say):
+                with uninterrupted(say) as interrupted:
                     steps = daemon.quit(20.0)
                     daemon_left = not daemon.gone()
+                stop = interrupted.asked
         clock.stage("teardown")
         deadline = time.monotonic() + 20.0
         while self._nvml.compute_processes(uuid) and time.monotonic() < deadline:
             time.sleep(0.1)
         clock.close()
-        return RawTrial(
+        raw_trial = RawTrial(
             schema_version=SCHEMA_VERSION,
             spec=spec,
             created=now(),
@@ -133,7 +141,9 @@ class Live:
             cpu=[],
             steal_s=None,
             gpu=None,
-            mps=MpsEvidence(daemon=True, servers_start=[], servers_end=[], clients_start=[], clients_end=[]),
+            mps=MpsEvidence(
+                daemon=daemon is not None, servers_start=[], servers_end=[], clients_start=[], clients_end=[]
+            ),
             foreign_pids=[],
             teardown=Teardown(
                 seconds=0.0,
@@ -146,6 +156,7 @@ class Live:
             numerics=raw,
             timeline=clock.stages,
         )
+        return raw_trial, stop
 
 
 def refuse_unfit(control: Path | None, others: Sequence[mps.ForeignDaemon]) -> None:

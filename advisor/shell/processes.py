@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,12 +32,24 @@ _INHERITED = (
 _INHERITED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "NVIDIA_", "TORCH_", "NCCL_")
 
 
+# Secrets, which would end up in records, and what would make all engines use one port, refuse our requests or
+# keep their logs from us.
+_LEFT_OUT = re.compile(r"^VLLM_(.*(KEY|TOKEN|SECRET|PASSWORD).*|PORT|HOST_IP|.*LOGGING.*)$")
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """A built environment: named variables of ours, then `extra`."""
-    kept = {
-        name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    # The engines' logs are evidence of what they resolved: they have to be there.
+    return {**inherited(), "PYTHONUNBUFFERED": "1", "VLLM_LOGGING_LEVEL": "INFO", **extra}
+
+
+def inherited() -> dict[str, str]:
+    """What our children get of our own environment."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if (name in _INHERITED or name.startswith(_INHERITED_PREFIXES)) and not _LEFT_OUT.search(name)
     }
-    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
 
 
 def start_pinned(

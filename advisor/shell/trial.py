@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -49,6 +49,8 @@ FIXED_PROMPTS, FIXED_PROMPT_TOKENS, FIXED_PROMPT_SEED = 4, 96, 20250
 # GPU memory that may stay in use after a trial: driver bookkeeping, not ours.
 MEMORY_SLACK_BYTES = 300 << 20
 
+# The driver alone keeps about 0.6 GiB of an H200; more than this belongs to somebody.
+UNSEEN_BYTES = 2 << 30
 # How long a failed load waits for an engine's death to become visible.
 BLAME_S = 2.0
 
@@ -90,16 +92,24 @@ class Clock:
             self._open = None
 
 
+class Interrupted:
+    """Whether somebody asked to stop while that could not be done."""
+
+    asked = False
+
+
 @contextmanager
-def uninterrupted(say: Say) -> Iterator[None]:
-    """Finish cleaning up even when Ctrl-C is pressed again or a SIGTERM arrives."""
+def uninterrupted(say: Say) -> Iterator[Interrupted]:
+    """Finish cleaning up even when Ctrl-C is pressed or a SIGTERM arrives; the caller looks whether one did."""
+    interrupted = Interrupted()
 
     def answer(number: int, frame: FrameType | None) -> None:
+        interrupted.asked = True
         say("still cleaning up the GPU; please wait")
 
     before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -139,6 +149,7 @@ class LoadTrial:
         self._engines: Engines | None = None
         self._load: Load | None = None
         self._jobs: list[LoadJob] = []
+        self.interrupted = False  # asked to stop while cleaning up; the record is complete all the same
         self._sampler: Sampler | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="t", dir=place.scratch))
 
@@ -154,8 +165,9 @@ class LoadTrial:
         except mps.MpsQueryError as failure:
             self._fail("crash", f"MPS: {failure}")
         finally:
-            with uninterrupted(self._say):
+            with uninterrupted(self._say) as interrupted:
                 self._tear_down(memory_before)
+            self.interrupted = interrupted.asked
         return self._record()
 
     def _blame(self, failure: LoadFailed) -> tuple[str, str]:
@@ -401,10 +413,13 @@ class LoadTrial:
         begin = self._clock.now()
         steps: list[str] = []
         left: list[int] = []
+        # Whatever goes wrong with load and sampler, engines and daemon have to be ended.
         if self._load is not None:
-            self._load.abort()
+            with suppress(Exception):
+                self._load.abort()
         if self._sampler is not None:
-            self._seen.gpu = self._sampler.stop()
+            with suppress(Exception):
+                self._seen.gpu = self._sampler.stop()
         if self._engines is not None:
             more, left = self._engines.stop(self._protocol.teardown_timeout_s)
             steps += more
@@ -464,6 +479,12 @@ def refuse_company(nvml: Nvml, uuid: str) -> None:
         raise Unfit(
             f"other processes use this GPU (PID {', '.join(map(str, sorted(others)))}); a measurement beside them "
             "would be wrong: stop them, or choose another GPU with --gpu"
+        )
+    used = nvml.memory_used_bytes(uuid)
+    if used is not None and used > UNSEEN_BYTES:
+        raise Unfit(
+            f"{used / 2**30:.1f} GiB of this GPU are in use by processes that cannot be seen from here (another "
+            "container?); a measurement beside them would be wrong: free the GPU, or choose another with --gpu"
         )
 
 
