@@ -300,6 +300,34 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(recorded, run):
     assert contents(run).items() >= kept.items()
 
 
+def test_an_engine_killed_in_mid_trial_is_recorded_and_tried_once_more_and_the_verdict_stands(recorded, run):
+    # Only the trial of two engines under MPS is still to do; one of its engine cores is killed under load.
+    (doomed,) = [path for path in trials(run) if path.name.endswith("2-engines-mps.json.gz")]
+    doomed.unlink()
+    process = recorded.bench.start(*recorded.question, "--out", str(run), "--resume", "--format", "json")
+    try:
+        wait_for(lambda: any("load_worker" in line for line in recorded.bench.processes()), process)
+        victims = recorded.bench.gpu_processes()
+        os.kill(victims[0], signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert process.returncode == 0
+    report = json.loads(out)
+    assert report["recommendation"]["status"] == "recommend"
+    assert "Traceback" not in err
+    names = [path.name[4:] for path in trials(run)]
+    assert "2-engines-mps.json.gz" in names and "2-engines-mps-repeat-1.json.gz" in names
+    killed = json.loads(
+        gzip.decompress(next(p for p in trials(run) if p.name[4:] == "2-engines-mps.json.gz").read_bytes())
+    )
+    assert killed["ended"] == "crash"
+    assert any(warning["code"] == "repeated" and "crash" in err for warning in report["warnings"])
+    assert (recorded.bench.processes(), recorded.bench.gpu_processes(), recorded.bench.scratch()) == ([], [], [])
+
+
 def test_resuming_a_finished_run_measures_nothing(recorded, run):
     kept = contents(run)
     # A program that ends at once could serve nothing.

@@ -80,7 +80,8 @@ class RunFolder:
 
     def append(self, raw: RawTrial) -> Path:
         folder = self.path / TRIALS
-        number = len(list(folder.glob("*.json.gz")))
+        # One more than the last, not their count: somebody may have taken one away to have it measured again.
+        number = max((int(path.name[:3]) for path in folder.glob("[0-9][0-9][0-9]-*.json.gz")), default=-1) + 1
         path = folder / f"{number:03d}-{slug(raw.spec)}.json.gz"
         try:
             # mtime=0: the same evidence is the same file, byte for byte.
