@@ -241,6 +241,7 @@ def live(asked: Asked, console: Console) -> Report:
     vllm = vllm_version()
     if vllm is None and not asked.vllm:
         raise Unfit("vLLM is not installed here; pip install 'mps-advisor[gpu]', or see --replay auto")
+    _refuse_unfit_machine(asked)
     base = _settings(model, gpu, question)
     scratch = scratch_directory()
     try:
@@ -279,6 +280,16 @@ def live(asked: Asked, console: Console) -> Report:
         # The verdict is known and the evidence is safe; only this copy of the answer is missing.
         console.print(f"report.json could not be written: {error.strerror}", soft_wrap=True, markup=False)
     return report
+
+
+def _refuse_unfit_machine(asked: Asked) -> None:
+    """Raise Unfit for what `doctor` calls a failure. vLLM is not looked for here when --vllm names one elsewhere."""
+    from advisor.core.doctor import judge
+    from advisor.shell.inspect import inspect
+
+    for check in judge(inspect(asked.gpu)):
+        if check.state == "fail" and not (asked.vllm and check.name == "vLLM"):
+            raise Unfit(f"{check.name}: {check.found}; {check.remedy} (mps-advisor doctor shows all that is amiss)")
 
 
 def _vllm_command(text: str) -> list[str]:

@@ -373,6 +373,21 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], li
         time.sleep(0.05)
 
 
+def test_a_machine_that_doctor_calls_unfit_is_refused_before_anything_is_written(bench):
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -n 1024; exec "$@"', "limited"]
+        + bench.arguments("--model", str(bench.tiny), *SMALL, "--out", "run"),
+        env=bench.environment,
+        cwd=bench.directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert_refused(done, 3, "open files: limit 1024", "ulimit -n 65536", "doctor")
+    assert not (bench.directory / "run").exists()
+
+
 # ---------------------------------------------------------------- no honest answer
 
 

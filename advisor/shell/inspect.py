@@ -51,7 +51,7 @@ def inspect(selector: str | None = None) -> MachineFacts:
                 user=daemon.user,
                 pipe_directory=None if daemon.pipe_directory is None else str(daemon.pipe_directory),
             )
-            for daemon in mps.foreign_daemons()
+            for daemon in mps.foreign_daemons(None if gpu is None else gpu.uuid)
         ],
         processes=processes,
         mps_control=None if binaries.control is None else str(binaries.control),
