@@ -374,9 +374,9 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], li
 
 
 def test_a_machine_that_doctor_calls_unfit_is_refused_before_anything_is_written(bench):
+    wanted = bench.arguments("--model", str(bench.tiny), *SMALL, "--out", "run")
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -n 1024; exec "$@"', "limited"]
-        + bench.arguments("--model", str(bench.tiny), *SMALL, "--out", "run"),
+        ["bash", "-c", 'ulimit -n 1024; exec "$@"', "limited", *wanted],
         env=bench.environment,
         cwd=bench.directory,
         capture_output=True,

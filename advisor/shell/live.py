@@ -21,7 +21,7 @@ from advisor.shell.gpu import Nvml
 from advisor.shell.lock import GpuLock
 from advisor.shell.processes import child_environment
 from advisor.shell.store import RunFolder
-from advisor.shell.trial import Clock, LoadTrial, Place, uninterrupted
+from advisor.shell.trial import Clock, LoadTrial, Place, uninterrupted, whole
 
 NUMERICS_TIMEOUT_S = 240.0
 
@@ -100,25 +100,25 @@ class Live:
         raw: RawNumerics | None = None
         detail, steps, daemon_left, stop = "", [], False, False
         clock.stage("check products")
+        daemon: mps.Daemon | None = None
         try:
-            daemon = mps.Daemon.start(
-                Path(tempfile.mkdtemp(prefix="t", dir=self._place.scratch)), self._place.control, uuid
+            with whole():
+                directory = Path(tempfile.mkdtemp(prefix="t", dir=self._place.scratch))
+                daemon = mps.Daemon.start(directory, self._place.control, uuid)
+            say(f"checking matrix products at {', '.join(f'{p} %' for p in spec.percentages)}")
+            raw = numerics.check(
+                spec.percentages,
+                products.products(self._place.manifest.model, spec.settings, spec.batch_sizes),
+                daemon.client_environment,
+                child_environment({"CUDA_VISIBLE_DEVICES": uuid}),
+                sys.executable,
+                NUMERICS_TIMEOUT_S,
+                dtype=self._place.manifest.model.dtype,
             )
         except mps.MpsQueryError as failure:
-            daemon, detail = None, f"MPS: {failure}"
-        if daemon is not None:
-            try:
-                say(f"checking matrix products at {', '.join(f'{p} %' for p in spec.percentages)}")
-                raw = numerics.check(
-                    spec.percentages,
-                    products.products(self._place.manifest.model, spec.settings, spec.batch_sizes),
-                    daemon.client_environment,
-                    child_environment({"CUDA_VISIBLE_DEVICES": uuid}),
-                    sys.executable,
-                    NUMERICS_TIMEOUT_S,
-                    dtype=self._place.manifest.model.dtype,
-                )
-            finally:
+            detail = f"MPS: {failure}"
+        finally:
+            if daemon is not None:
                 with uninterrupted(say) as interrupted:
                     steps = daemon.quit(20.0)
                     daemon_left = not daemon.gone()

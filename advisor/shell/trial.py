@@ -115,6 +115,15 @@ def uninterrupted(say: Say) -> Iterator[Interrupted]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def whole() -> Iterator[None]:
+    """Do not stop in the middle of starting processes: one that nobody has noted yet would be left behind."""
+    with uninterrupted(lambda text: None) as interrupted:
+        yield
+    if interrupted.asked:
+        raise KeyboardInterrupt
+
+
 @dataclass
 class _Evidence:
     """What has been gathered so far; a trial that fails half-way keeps what it has."""
@@ -193,9 +202,10 @@ class LoadTrial:
 
     def _measure(self) -> None:
         self._clock.stage("start engines")
-        environment = self._start_daemon()
-        self._engines = Engines(self._launches(environment), self._clock.origin_s, self._place.scrub)
-        self._engines.start()
+        with whole():
+            environment = self._start_daemon()
+            self._engines = Engines(self._launches(environment), self._clock.origin_s, self._place.scrub)
+            self._engines.start()
         total = self._spec.engines
         self._engines.wait_ready(
             self._protocol.engine_start_timeout_s,
@@ -249,15 +259,16 @@ class LoadTrial:
     def _start_load(self) -> None:
         assert self._engines is not None
         self._jobs = list(self._load_jobs(self._engines.urls))
-        self._load = Load.start(
-            self._jobs,
-            tokenizer=self._place.tokenizer,
-            bin_s=self._protocol.bin_s,
-            origin_s=self._clock.origin_s,
-            cores=self._spec.load_cores,
-            environment=child_environment({}),
-            drain_timeout_s=self._protocol.drain_timeout_s,
-        )
+        with whole():
+            self._load = Load.start(
+                self._jobs,
+                tokenizer=self._place.tokenizer,
+                bin_s=self._protocol.bin_s,
+                origin_s=self._clock.origin_s,
+                cores=self._spec.load_cores,
+                environment=child_environment({}),
+                drain_timeout_s=self._protocol.drain_timeout_s,
+            )
         self._load.wait_ready(60.0)
         self._sampler = Sampler(
             self._uuid,
