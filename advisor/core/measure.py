@@ -41,7 +41,7 @@ def measure(raw: RawTrial) -> Measurement:
     edges = block_edges(raw)
     first, last = edges[0], edges[-1]
     rate = tokens_between(raw.loads, first, last) / (last - first)
-    blocks = block_rates(raw)
+    blocks = rates_between(raw.loads, edges)
     mean = mean_of_logs(blocks)
     power_w = _power_w(raw)
     active_pct = _graphics_active_pct(raw)
@@ -161,7 +161,12 @@ def _reached(curve: Sequence[tuple[float, float]], level: float) -> float:
 
 def block_rates(raw: RawTrial) -> list[float]:
     """Mean output tokens per second in each block of the window, in order. Raises ValueError without a window."""
-    return [tokens_between(raw.loads, low, high) / (high - low) for low, high in pairwise(block_edges(raw))]
+    return rates_between(raw.loads, block_edges(raw))
+
+
+def rates_between(loads: Sequence[RawLoad], edges: Sequence[float]) -> list[float]:
+    """Mean output tokens per second from each of the ascending edges, in seconds, to the next."""
+    return [tokens_between(loads, low, high) / (high - low) for low, high in pairwise(edges)]
 
 
 # ---------------------------------------------------------------- latencies

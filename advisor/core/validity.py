@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from advisor.core.measure import block_edges, block_rates, cpu_pct, tokens_between
+from advisor.core.measure import block_edges, cpu_pct, rates_between, tokens_between
 from advisor.core.records import (
     Caution,
     EngineSettings,
@@ -292,8 +292,10 @@ def _load_faults(raw: RawTrial, workload: Workload, protocol: Protocol, window: 
         )
     if uncovered:
         return
-    yield from _length_faults(raw, workload, protocol, window)
-    if min(block_rates(raw)) <= 0:
+    edges = block_edges(raw)
+    rates = rates_between(raw.loads, edges)
+    yield from _length_faults(raw, workload, protocol, window, edges, rates)
+    if min(rates) <= 0:
         yield Fault(code="stalled", text="no output token arrived during a whole block of the window")
 
 
@@ -325,7 +327,12 @@ def _covers(load: RawLoad, low_s: float, high_s: float) -> bool:
 
 
 def _length_faults(
-    raw: RawTrial, workload: Workload, protocol: Protocol, window: tuple[float, float]
+    raw: RawTrial,
+    workload: Workload,
+    protocol: Protocol,
+    window: tuple[float, float],
+    edges: Sequence[float],
+    rates: Sequence[float],
 ) -> Iterator[Fault]:
     start, end = window
     if workload.kind == "decode":
@@ -333,15 +340,15 @@ def _length_faults(
         return
     turnover = turnover_tokens(workload)
     # Binned counts place a token to within one bin, so the last bin's worth is not counted against the trial.
-    slack = max(load.bin_s for load in raw.loads) * tokens_between(raw.loads, start, end) / (end - start) / turnover
     measured = tokens_between(raw.loads, start, end) / turnover
+    slack = max(load.bin_s for load in raw.loads) * measured / (end - start)
     if measured + slack < protocol.measure_turnovers:
         yield Fault(
             code="short_window",
             text=f"the window holds {measured:.2f} turnovers of the requests in flight, "
             f"{protocol.measure_turnovers:g} are needed",
         )
-    yield from _steadiness(raw, window)
+    yield from _steadiness(raw, window, edges, rates)
     first_s = min(load.bins_start_s for load in raw.loads)
     warm = tokens_between(raw.loads, first_s, start) / turnover
     if warm + slack < protocol.warmup_turnovers:
@@ -351,11 +358,12 @@ def _length_faults(
         )
 
 
-def _steadiness(raw: RawTrial, window: tuple[float, float]) -> Iterator[Fault]:
+def _steadiness(
+    raw: RawTrial, window: tuple[float, float], edges: Sequence[float], rates: Sequence[float]
+) -> Iterator[Fault]:
     """A level shift: the blocks of the window's first half against those of its second, or all blocks against all of
     the window. Blocks leave out what is no whole turnover, so that only the latter shows a stall at either end.
     """
-    rates, edges = block_rates(raw), block_edges(raw)
     half = len(rates) // 2
     first, second = math.fsum(rates[:half]) / half, math.fsum(rates[-half:]) / half
     inside = tokens_between(raw.loads, edges[0], edges[-1]) / (edges[-1] - edges[0])
