@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -414,3 +417,21 @@ def test_an_advisor_that_is_killed_takes_its_engines_with_it(bench):
         process.kill()
         process.communicate(timeout=10)
     wait_for(lambda: not bench.processes(), 10.0)
+
+
+def test_every_engine_gets_a_block_of_ports_that_the_kernel_does_not_deal_out() -> None:
+    from advisor.shell.engines import PORTS_PER_ENGINE, port_blocks
+
+    first_dealt = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = port_blocks(5)
+    assert all(b - a == PORTS_PER_ENGINE for a, b in itertools.pairwise(ports))
+    assert ports[0] > 1024 and ports[-1] + PORTS_PER_ENGINE <= first_dealt
+
+
+def test_ports_in_use_are_passed_over() -> None:
+    from advisor.shell.engines import PORTS_PER_ENGINE, port_blocks
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port_blocks(1)[0]))
+        port = taken.getsockname()[1]
+        assert all(not base <= port < base + PORTS_PER_ENGINE for base in (port_blocks(1)[0] for _ in range(300)))

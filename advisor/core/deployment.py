@@ -26,6 +26,8 @@ FIRST_PORT = 8000
 def environment(manifest: Manifest, candidate: Candidate) -> dict[str, str]:
     """What every engine's environment has to hold: the GPU, what vLLM was set to, and the way to the daemon."""
     variables = {"CUDA_VISIBLE_DEVICES": manifest.gpu.uuid, **manifest.software.environment}
+    if candidate.settings is not None:
+        variables |= settings.serve_environment(candidate.settings)
     if not candidate.mps:
         return variables
     variables |= {"CUDA_MPS_PIPE_DIRECTORY": PIPE_DIRECTORY, "CUDA_MPS_LOG_DIRECTORY": LOG_DIRECTORY}

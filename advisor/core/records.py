@@ -146,6 +146,9 @@ class EngineSettings(Record, frozen=True):
     quantization: str | None
     kv_cache_dtype: str
     load_format: str
+    api_server_count: int = 1
+    stream_interval: int = 1  # tokens per streamed piece
+    rust_front_end: bool = False
 
 
 # ---------------------------------------------------------------- a trial: what is asked, what came back
@@ -209,7 +212,10 @@ class RawLoad(Record, frozen=True):
 
 
 class CpuUse(Record, frozen=True):
-    """CPU seconds that one process spent inside the window; `main_thread_s` is its busiest thread's share."""
+    """CPU seconds that one process spent inside the window; `main_thread_s` is its busiest thread's share.
+
+    An engine may have several rows "api_server": every process of it that is not the engine core.
+    """
 
     role: Literal["api_server", "engine_core", "load", "advisor", "mps_server"]
     engine: int | None

@@ -162,12 +162,21 @@ def serve_arguments(settings: EngineSettings, kind: WorkloadKind = "serve") -> l
         settings.load_format,
         "--generation-config",
         "vllm",
+        "--api-server-count",
+        str(settings.api_server_count),
+        "--stream-interval",
+        str(settings.stream_interval),
     ]
     if settings.quantization is not None:
         arguments += ["--quantization", settings.quantization]
     if kind == "decode":
         arguments += ["--kv-transfer-config", _DECODE_CONNECTOR]
     return arguments
+
+
+def serve_environment(settings: EngineSettings) -> dict[str, str]:
+    """What of `settings` vLLM 0.26 takes from its environment (`vllm/envs.py`)."""
+    return {"VLLM_USE_RUST_FRONTEND": str(int(settings.rust_front_end))}
 
 
 def _tokens_held(model: ModelFacts, kv_bytes: int) -> int:

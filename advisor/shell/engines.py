@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from advisor.core.errors import Unfit
 from advisor.core.records import RawEngine, ServerCounters
 from advisor.shell.processes import Known, end, start_pinned, tree, wait_gone
 
 SERVED_NAME = "advised"
+_DEALT_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _ENGINE_CORE = re.compile(r"\(EngineCore pid=(\d+)\)")
 _ENGINE_CORE_TITLE = "VLLM::EngineCor"  # the kernel keeps 15 characters of a process name
 _OUT_OF_MEMORY = (
@@ -134,11 +136,11 @@ class Engines:
 
     def start(self) -> None:
         """Start all of them at once; they compile and capture side by side."""
-        for index, (launch, port) in enumerate(zip(self._launches, _free_ports(len(self._launches)), strict=True)):
+        for index, (launch, port) in enumerate(zip(self._launches, port_blocks(len(self._launches)), strict=True)):
             process = start_pinned(
                 [*launch.argv, "--host", "127.0.0.1", "--port", str(port)],
                 launch.cores,
-                launch.environment,
+                {**launch.environment, "VLLM_PORT": str(port + 1)},
                 launch.log,
             )
             self._engines.append(_Engine(index, port, launch, process))
@@ -206,9 +208,13 @@ class Engines:
     def core_pids(self) -> list[int | None]:
         return [engine.core.pid if engine.core else None for engine in self._engines]
 
-    @property
-    def api_pids(self) -> list[int]:
-        return [engine.process.pid for engine in self._engines]
+    def front_pids(self) -> list[list[int]]:
+        """Per engine every process but the engine core: API servers, their supervisor, a Rust front end."""
+        for engine in self._engines:
+            engine.look()
+        return [
+            [one.pid for one in engine.known.values() if one.alive and not _is_core(one)] for engine in self._engines
+        ]
 
     def own_pids(self) -> set[int]:
         """Every process of these engines that was ever seen."""
@@ -330,13 +336,32 @@ class Engines:
         return time.monotonic() - self._origin_s
 
 
-def _free_ports(count: int) -> list[int]:
-    """As many different free ports; all are held until the last one is found."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+PORTS_PER_ENGINE = 8  # the API server's, and those that vLLM counts up from VLLM_PORT
+
+
+def port_blocks(count: int) -> list[int]:
+    """The first ports of `count` free blocks that follow each other, one block per engine.
+
+    They lie below the range from which the kernel deals ports: between the look and the engine's own bind, tens of
+    seconds later, no connection and no other `bind` to port 0 can take one. Raises Unfit when none are free.
+    """
+    first_dealt = int(_DEALT_PORTS.read_text().split()[0])
+    wanted = count * PORTS_PER_ENGINE
+    for _ in range(100):
+        # Anywhere, because another advisor may start engines for another GPU at the same moment.
+        base = random.randrange(min(10_000, first_dealt - wanted - 1), first_dealt - wanted)
+        if all(map(_is_free, range(base, base + wanted))):
+            return list(range(base, base + wanted, PORTS_PER_ENGINE))
+    raise Unfit(f"no {wanted} free TCP ports in a row below {first_dealt}; end what holds them")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _healthy(engine: _Engine) -> bool:

@@ -34,7 +34,7 @@ from advisor.core.records import (
     TrialSpec,
     Workload,
 )
-from advisor.core.settings import serve_arguments
+from advisor.core.settings import serve_arguments, serve_environment
 from advisor.core.workload import output_tokens, shares, turnover_tokens
 from advisor.shell import mps
 from advisor.shell.engines import SERVED_NAME, EngineFailed, Engines, Launch
@@ -241,7 +241,12 @@ class LoadTrial:
             Launch(
                 argv=argv,
                 environment=child_environment(
-                    {**mps_environment, "CUDA_VISIBLE_DEVICES": self._uuid, "MPS_ADVISOR_ENGINE": str(index)}
+                    {
+                        **mps_environment,
+                        **serve_environment(self._settings),
+                        "CUDA_VISIBLE_DEVICES": self._uuid,
+                        "MPS_ADVISOR_ENGINE": str(index),
+                    }
                 ),
                 cores=cores,
                 log=self._directory / f"engine-{index}.log",
@@ -406,8 +411,8 @@ class LoadTrial:
         """CPU seconds so far of every process that takes part."""
         assert self._engines is not None and self._load is not None
         rows = []
-        for index, (api, core) in enumerate(zip(self._engines.api_pids, self._engines.core_pids, strict=True)):
-            rows.append(_cpu_time("api_server", index, api))
+        for index, (front, core) in enumerate(zip(self._engines.front_pids(), self._engines.core_pids, strict=True)):
+            rows += [_cpu_time("api_server", index, pid) for pid in front]
             if core is not None:
                 rows.append(_cpu_time("engine_core", index, core))
         rows += [_cpu_time("load", job.engine, pid) for job, pid in zip(self._jobs, self._load.pids, strict=True)]
