@@ -17,6 +17,7 @@ from advisor.core.settings import (
     default_settings,
     read_defaults,
     serve_arguments,
+    serve_environment,
     with_kv_bytes,
 )
 from advisor.shell.resources import load_yaml
@@ -223,3 +224,12 @@ def test_decode_fills_the_kv_cache_instead_of_computing_it():
     arguments = serve_arguments(settings(workload=load("decode")), "decode")
     connector = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
     assert connector == {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"}
+
+
+def test_the_rust_front_end_is_not_given_what_it_refuses():
+    told = serve_arguments(msgspec.structs.replace(settings(), rust_front_end=True))
+    assert not {"--generation-config", "--api-server-count", "--stream-interval"} & set(told)
+    assert serve_environment(msgspec.structs.replace(settings(), rust_front_end=True)) == {
+        "VLLM_USE_RUST_FRONTEND": "1"
+    }
+    assert serve_environment(settings()) == {"VLLM_USE_RUST_FRONTEND": "0"}

@@ -160,13 +160,12 @@ def serve_arguments(settings: EngineSettings, kind: WorkloadKind = "serve") -> l
         settings.kv_cache_dtype,
         "--load-format",
         settings.load_format,
-        "--generation-config",
-        "vllm",
-        "--api-server-count",
-        str(settings.api_server_count),
-        "--stream-interval",
-        str(settings.stream_interval),
     ]
+    # vLLM 0.26's Rust front end has one server with many threads, and refuses to start with any of these.
+    if not settings.rust_front_end:
+        arguments += ["--generation-config", "vllm"]
+        arguments += ["--api-server-count", str(settings.api_server_count)]
+        arguments += ["--stream-interval", str(settings.stream_interval)]
     if settings.quantization is not None:
         arguments += ["--quantization", settings.quantization]
     if kind == "decode":

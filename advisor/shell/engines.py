@@ -280,7 +280,7 @@ class Engines:
             api_server_pid=engine.process.pid,
             engine_core_pid=core_pid,
             ready_s=engine.ready_s,
-            kv_cache_tokens=_integer(engine.cache.get("kv_cache_size_tokens")),
+            kv_cache_tokens=_integer(engine.cache.get("kv_cache_size_tokens")) or _logged_kv_tokens(text),
             num_gpu_blocks=_integer(engine.cache.get("num_gpu_blocks")),
             block_size=_integer(engine.cache.get("block_size")),
             resolved=resolved,
@@ -414,6 +414,12 @@ def _prompt_logprobs(rows: Sequence[Any]) -> list[float]:
     A row maps token ids to entries: the prompt's own token first, then the most likely one.
     """
     return [float(next(iter(row.values()))["logprob"]) for row in rows[1:]]
+
+
+def _logged_kv_tokens(log: str) -> int | None:
+    """The KV cache's size by the engine core's log: the Rust front end has no metric for it."""
+    match = re.search(r"GPU KV cache size: ([\d,]+) tokens", log)
+    return int(match[1].replace(",", "")) if match else None
 
 
 def _integer(text: str | None) -> int | None:
