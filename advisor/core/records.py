@@ -191,9 +191,9 @@ class LogHistogram(Record, frozen=True):
 class RawLoad(Record, frozen=True):
     """What the load generators, or one of them, saw of one engine.
 
-    Bins start at `bins_start_s` and are `bin_s` wide: `tokens` are output tokens by arrival, `first_tokens` and `completions` are requests per bin. A streamed
-    chunk that carries several tokens (the server coalesced them) counts as that many; `chunks` counts events.
-    The three histograms hold only what ended inside the window.
+    Bins start at `bins_start_s` and are `bin_s` wide: `tokens` are output tokens by arrival, `first_tokens` and
+    `completions` are requests per bin. A streamed chunk that carries several tokens (the server coalesced them) counts
+    as that many; `chunks` counts events. The three histograms hold only what ended inside the window.
     """
 
     engine: int

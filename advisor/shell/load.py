@@ -71,7 +71,7 @@ class LoadJob(Record, frozen=True):
 
 
 def deal(base_urls: Sequence[str], model: str, workload: Workload, workers: int) -> list[LoadJob]:
-    """The workload's requests in flight, dealt evenly to `workers` load generators; to fewer where requests are fewer."""
+    """The requests in flight, dealt evenly to `workers` load generators, or to fewer where requests are fewer."""
     parts = shares(workload.concurrency, max(1, min(workers, workload.concurrency)))
     return [
         LoadJob(
