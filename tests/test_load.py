@@ -336,12 +336,22 @@ def test_prompts_of_mixed_lengths_lie_in_the_range_and_are_what_the_server_count
 def test_two_generators_share_one_count_of_requests_in_flight_and_load_three_engines_equally(
     start_engine, load, tmp_path
 ):
-    # One in flight for each engine: a generator that did not see the other's would send to an engine that has one.
     engines = [start_engine(tokens_per_s=100) for _ in range(3)]
     loader = load(engines, serve(3), workers=2, directory=tmp_path)
     raws = by_engine(run(loader, completed=24), 3)
     fair = sum(raw.sent for raw in raws) / 3
     assert [raw.sent for raw in raws] == pytest.approx([fair] * 3, rel=0.25)
+
+
+def test_a_generator_heeds_what_others_have_in_flight(start_engine, load, tmp_path):
+    loader = load([start_engine(), start_engine(), start_engine()], serve(4), workers=2, directory=tmp_path)
+    loader.wait_ready(20)
+    other = Board(tmp_path / BOARD, 1, 2, 3)
+    for _ in range(10):
+        other.take(0)
+        other.take(1)
+    first, second, third = by_engine(run(loader, completed=8), 3)
+    assert (first.sent, second.sent) == (0, 0) and third.completed >= 16
 
 
 def test_counts_on_the_board_are_what_the_engines_run(start_engine, load, tmp_path):
