@@ -27,7 +27,7 @@ from advisor.core.records import (
     TrialSpec,
     Workload,
 )
-from advisor.core.workload import output_tokens, prompt_tokens, shares, turnover_tokens
+from advisor.core.workload import output_tokens, prompt_range, prompt_tokens, shares, turnover_tokens
 
 GPU_UUID = "GPU-00000000-0000-0000-0000-000000000001"
 GIB = 2**30
@@ -82,8 +82,8 @@ def engine_core_pid(engine):
     return 1001 + 10 * engine
 
 
-def load_pid(engine):
-    return 2000 + engine
+def load_pid(worker):
+    return 2000 + worker
 
 
 MPS_SERVER_PID = 900
@@ -144,7 +144,7 @@ def trial(
         window=window,
         engines=[_engine(load, asked, window, logprobs) for load in loads],
         loads=loads,
-        cpu=_cpu(engines, mps, window[1] - window[0], load_core_share, engine_core_share),
+        cpu=_cpu(asked, window[1] - window[0], load_core_share, engine_core_share),
         steal_s=0.0,
         gpu=_gpu(chance, protocol, window, stop, engines, sm_active_pct, graphics_active_pct, power_w),
         mps=MpsEvidence(
@@ -354,7 +354,7 @@ def _load(engine, asked, share, rate, seconds, window, stop):
     ttft_s = e2e_s if answer == 1 else 0.1 * e2e_s
     itl_s = (e2e_s - ttft_s) / (answer - 1) if answer > 1 else None
     output = sum(tokens)
-    prompt = prompt_tokens(workload)
+    shortest, longest = prompt_range(workload)
     return RawLoad(
         engine=engine,
         bins_start_s=READY_S,
@@ -368,8 +368,8 @@ def _load(engine, asked, share, rate, seconds, window, stop):
         errors=[],
         chunks=output,
         output_tokens=output,
-        prompt_tokens_min=prompt,
-        prompt_tokens_max=prompt,
+        prompt_tokens_min=shortest,
+        prompt_tokens_max=longest,
         ttft=_spread(empty(), ttft_s, ended),
         itl=_spread(empty(), itl_s, in_window - ended) if itl_s else empty(),
         e2e=_spread(empty(), e2e_s, ended),
@@ -417,11 +417,11 @@ def _engine(load, asked, window, logprobs):
     )
 
 
-def _cpu(engines, mps, window_s, load_share, core_share):
+def _cpu(asked, window_s, load_share, core_share):
     uses = [CpuUse(role="advisor", engine=None, pid=800, cpu_s=0.02 * window_s, main_thread_s=0.02 * window_s)]
-    if mps:
+    if asked.mps:
         uses.append(CpuUse(role="mps_server", engine=None, pid=MPS_SERVER_PID, cpu_s=0.0, main_thread_s=0.0))
-    for i in range(engines):
+    for i in range(asked.engines):
         uses += [
             CpuUse(
                 role="api_server",
@@ -437,15 +437,18 @@ def _cpu(engines, mps, window_s, load_share, core_share):
                 cpu_s=1.2 * core_share * window_s,
                 main_thread_s=core_share * window_s,
             ),
-            CpuUse(
-                role="load",
-                engine=i,
-                pid=load_pid(i),
-                cpu_s=load_share * window_s,
-                main_thread_s=load_share * window_s,
-            ),
         ]
-    return uses
+    # Every load generator sends to every engine.
+    return uses + [
+        CpuUse(
+            role="load",
+            engine=None,
+            pid=load_pid(worker),
+            cpu_s=load_share * window_s,
+            main_thread_s=load_share * window_s,
+        )
+        for worker in range(len(asked.load_cores))
+    ]
 
 
 def _gpu(chance, protocol, window, stop, engines, sm_pct, graphics_pct, power_w):

@@ -178,6 +178,20 @@ def test_two_engines_under_mps_give_a_trial_that_may_count_and_leave_nothing(sit
     assert any("quit: the daemon ended" in step for step in raw.teardown.steps)
 
 
+def test_a_trial_with_prompts_and_answers_of_mixed_lengths_may_count(site):
+    mixed = msgspec.structs.replace(QUESTION.workload, isl_range=(32, 96), osl_range=(8, 24))
+    question = msgspec.structs.replace(QUESTION, workload=mixed)
+    site.place.manifest = msgspec.structs.replace(site.place.manifest, question=question)
+    raw = site.run(2, mps=False)
+
+    assert codes(raw) == []
+    for load in raw.loads:
+        assert 32 <= load.prompt_tokens_min < load.prompt_tokens_max <= 96
+    # All generators serve all engines: none of them is an engine's own.
+    loads = [use for use in raw.cpu if use.role == "load"]
+    assert len(loads) == len(raw.spec.load_cores) and {use.engine for use in loads} == {None}
+
+
 # ---------------------------------------------------------------- evidence that is rejected
 
 

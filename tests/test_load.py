@@ -1,4 +1,4 @@
-"""The load generator against a stub engine: real processes, real HTTP."""
+"""The load generators against stub engines: real processes, real HTTP."""
 
 import contextlib
 import http.client
@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -21,17 +22,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from advisor.core.histogram import percentile
+from advisor.core.loads import by_engine
 from advisor.core.records import Workload
 from advisor.core.vocabulary import build_tokenizer
 from advisor.core.workload import prompt_tokens
 from advisor.shell import load as load_module
-from advisor.shell.load import Load, LoadFailed, LoadJob, LoadTimeout
+from advisor.shell.board import Board
+from advisor.shell.load import BOARD, Load, LoadFailed, LoadTimeout, deal
 from advisor.shell.load_worker import EventStream, LoadConfig, RequestFailed
 
 ROOT = Path(__file__).parent.parent
 STUB = ROOT / "tests" / "stubs" / "vllm_server.py"
 NAME = "advised"
-CALIBRATION_TOKENS = 2  # two requests of one token
 
 
 class Engine:
@@ -105,22 +107,17 @@ def loads(tokenizer):
     """Starts loads of engines as soon as these are ready; whatever is left of them is ended."""
     with contextlib.ExitStack() as stack:
 
-        def start(engines, *, kind="serve", isl=24, osl=8, each=4, seed=0, decode_tokens=0, **more):
-            jobs = []
-            for index, engine in enumerate(engines):
+        def start(engines, asked, *, workers=1, decode_tokens=None, **more):
+            for engine in engines:
                 if isinstance(engine, Engine):
                     until(engine.healthy)
-                jobs.append(
-                    LoadJob(
-                        engine=index,
-                        base_url=engine.url if isinstance(engine, Engine) else engine,
-                        model=NAME,
-                        workload=workload(kind, isl, osl, each * len(engines), seed),
-                        concurrency=each,
-                        decode_tokens=decode_tokens,
-                    )
-                )
+            urls = [engine.url if isinstance(engine, Engine) else engine for engine in engines]
+            jobs = deal(urls, NAME, asked, workers)
+            if decode_tokens is not None:
+                jobs = [msgspec.structs.replace(job, decode_tokens=decode_tokens) for job in jobs]
             usual = {"cores": [], "origin_s": time.monotonic(), "tokenizer": tokenizer, "drain_timeout_s": 10.0}
+            if "directory" not in more:
+                usual["directory"] = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             environment = {"PATH": os.environ["PATH"]}
             return stack.enter_context(Load.start(jobs, bin_s=0.1, environment=environment, **{**usual, **more}))
 
@@ -139,8 +136,12 @@ def load(tokenizer):
         yield start
 
 
-def workload(kind, isl=24, osl=8, concurrency=4, seed=0):
-    return Workload(kind=kind, isl=isl, osl=osl, concurrency=concurrency, seed=seed)
+def serve(in_flight=4, *, isl=24, osl=8, **more):
+    return Workload(kind="serve", isl=isl, osl=osl, concurrency=in_flight, **more)
+
+
+def decode(in_flight, *, isl=24, osl=8):
+    return Workload(kind="decode", isl=isl, osl=osl, concurrency=in_flight)
 
 
 def until(condition, timeout_s=20.0):
@@ -151,14 +152,19 @@ def until(condition, timeout_s=20.0):
     return found
 
 
-def requests_to(tmp_path, engine=0):
-    """What the stub was asked, without the two requests of the calibration."""
+def calibrations(engine, workers=1):
+    """Requests, of one token each, that an engine is asked before the load: a short one more for the first."""
+    return workers * (2 if engine == 0 else 1)
+
+
+def requests_to(tmp_path, engine=0, workers=1):
+    """What the stub was asked, without the calibration."""
     lines = (tmp_path / f"requests-{engine}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines][2:]
+    return [json.loads(line) for line in lines][calibrations(engine, workers) :]
 
 
 def run(loader, *, completed=20, window=(0.0, 1e9)):
-    """A whole load until each engine has completed so many requests."""
+    """A whole load until each worker has completed so many requests."""
     loader.wait_ready(20)
     loader.go()
     until(lambda: all(tick.completed + tick.failed >= completed or tick.gave_up for tick in loader.progress()))
@@ -174,24 +180,26 @@ def gone(pids):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tokenizer):
-    """One load of two healthy engines, looked at by several tests."""
+    """One load of two healthy engines by two generators, looked at by several tests."""
     folder = tmp_path_factory.mktemp("served")
     core = sorted(os.sched_getaffinity(0))[-1]
     with starter(folder) as start_engine, loads(tokenizer) as load:
         engines = [start_engine(), start_engine()]
-        loader = load(engines, osl=48, each=8, cores=[core])
+        loader = load(engines, serve(16, osl=48), workers=2, cores=[core])
         loader.wait_ready(20)
         seen = SimpleNamespace(core=core, engines=engines, ready=loader.progress(), pids=loader.pids)
         seen.sessions = [os.getsid(pid) for pid in seen.pids]
         seen.affinities = [os.sched_getaffinity(pid) for pid in seen.pids]
+        seen.calibrated = [engine.counter("generation_tokens_total") for engine in engines]
         loader.go()
         seen.ticks = until(
             lambda: [tick for tick in loader.progress() if tick.completed >= 24][1:] and loader.progress()
         )
-        seen.raws = loader.stop((0.0, 1e9), 20)
+        seen.parts = loader.stop((0.0, 1e9), 20)
+        seen.raws = by_engine(seen.parts, 2)
         seen.left = [pid for pid in seen.pids if not gone([pid])]
         seen.counters = [engine.counter("generation_tokens_total") for engine in engines]
-        seen.asked = [requests_to(folder, index) for index in (0, 1)]
+        seen.asked = [requests_to(folder, index, workers=2) for index in (0, 1)]
         yield seen
 
 
@@ -199,14 +207,23 @@ def test_tokens_that_are_counted_are_those_that_the_engine_generated(served):
     for index, (raw, asked, counter) in enumerate(zip(served.raws, served.asked, served.counters, strict=True)):
         generated = sum(request["completion_tokens"] for request in asked)
         assert raw.engine == index
-        assert raw.sent == raw.completed == len(asked) >= 24
+        assert raw.sent == raw.completed == len(asked) > 0
         assert (raw.failed, raw.errors) == (0, [])
-        assert raw.output_tokens == raw.chunks == generated == counter - CALIBRATION_TOKENS
+        assert raw.output_tokens == raw.chunks == generated == counter - calibrations(index, workers=2)
         assert sum(raw.tokens) == pytest.approx(generated)
         assert sum(raw.first_tokens) == sum(raw.completions) == len(asked)
         assert sum(raw.ttft.counts.values()) == sum(raw.e2e.counts.values()) == len(asked)
         assert sum(raw.itl.counts.values()) == generated - len(asked)
         assert (raw.prompt_tokens_min, raw.prompt_tokens_max) == (24, 24)
+
+
+def test_every_generator_tells_of_every_engine(served):
+    assert [part.engine for part in served.parts] == [0, 1, 0, 1]
+    assert all(part.sent > 0 for part in served.parts)
+
+
+def test_the_calibration_asks_every_engine_once_and_the_first_one_twice(served):
+    assert served.calibrated == [calibrations(engine, workers=2) for engine in (0, 1)]
 
 
 def test_what_is_sent_is_a_streamed_completion_that_ignores_the_end_token(served):
@@ -221,18 +238,17 @@ def test_what_is_sent_is_a_streamed_completion_that_ignores_the_end_token(served
         }
 
 
-def test_every_prompt_is_unique_over_slots_and_engines(served):
+def test_every_prompt_is_unique_over_slots_generators_and_engines(served):
     prompts = [request["prompt"] for asked in served.asked for request in asked]
     assert len(set(prompts)) == len(prompts) >= 48
     assert all(len(prompt.split()) == 24 and prompt.startswith(" ") for prompt in prompts)
 
 
 def test_first_requests_have_different_lengths_and_later_ones_the_full_one(served):
-    for asked in served.asked:
-        lengths = sorted(request["max_tokens"] for request in asked)
-        first, later = lengths[:8], lengths[8:]
-        assert len(set(first)) > 3
-        assert first[0] >= 1 and set(later) == {48}
+    lengths = sorted(request["max_tokens"] for asked in served.asked for request in asked)
+    first, later = lengths[:16], lengths[16:]
+    assert len(set(first)) > 6
+    assert first[0] >= 1 and set(later) == {48}
 
 
 def test_the_drain_lets_the_requests_in_flight_end(served):
@@ -243,15 +259,16 @@ def test_the_drain_lets_the_requests_in_flight_end(served):
 
 def test_ticks_tell_how_far_it_is(served):
     assert [(tick.tokens, tick.completed, tick.in_flight) for tick in served.ready] == [(0, 0, 0)] * 2
-    for tick, raw in zip(served.ticks, served.raws, strict=True):
-        assert 24 <= tick.completed <= raw.completed
-        assert 0 < tick.tokens <= raw.chunks
+    for worker, tick in enumerate(served.ticks):
+        parts = served.parts[2 * worker : 2 * worker + 2]
+        assert 24 <= tick.completed <= sum(part.completed for part in parts)
+        assert 0 < tick.tokens <= sum(part.chunks for part in parts)
         assert (tick.failed, tick.gave_up) == (0, None)
-        assert tick.cpu_s > 0 and tick.at_s > raw.bins_start_s
+        assert tick.cpu_s > 0 and tick.at_s > parts[0].bins_start_s
 
 
 def test_bins_of_all_engines_lie_on_one_grid(served):
-    for raw in served.raws:
+    for raw in served.parts:
         assert raw.bins_start_s / raw.bin_s == pytest.approx(round(raw.bins_start_s / raw.bin_s))
         assert len(raw.tokens) == len(raw.first_tokens) == len(raw.completions)
 
@@ -261,49 +278,132 @@ def test_workers_are_in_sessions_of_their_own_and_on_the_cores_that_they_were_gi
     assert served.affinities == [{served.core}] * 2
 
 
-def test_the_same_seed_asks_the_same(served, start_engine, load, tmp_path):
-    run(load([start_engine()], osl=48, each=8), completed=1)
-    again = [request["prompt"] for request in requests_to(tmp_path)]
-    assert len(again) >= 8
-    assert len({*again} & {request["prompt"] for request in served.asked[0]}) >= 8  # at least each slot's first
-    assert not {*again} & {request["prompt"] for request in served.asked[1]}
+def test_the_same_seed_asks_the_same_and_another_seed_something_else(served, start_engine, load, tmp_path):
+    before = {request["prompt"] for asked in served.asked for request in asked}
+    run(load([start_engine()], serve(16, osl=48), workers=2), completed=1)
+    again = {request["prompt"] for request in requests_to(tmp_path, workers=2)}
+    assert len(again & before) >= 16  # at least each slot's first
+    run(load([start_engine()], serve(16, osl=48, seed=1), workers=2), completed=1)
+    assert not {request["prompt"] for request in requests_to(tmp_path, 1, workers=2)[2:]} & before
 
 
 def test_prefill_asks_for_one_token_each(start_engine, load, tmp_path):
-    (raw,) = run(load([start_engine()], kind="prefill"))
+    (raw,) = run(load([start_engine()], Workload(kind="prefill", isl=24, osl=1, concurrency=4)))
     assert {request["max_tokens"] for request in requests_to(tmp_path)} == {1}
     assert raw.output_tokens == raw.completed
     assert raw.itl.counts == {}
 
 
 def test_decode_sends_one_request_a_slot_and_nothing_joins_later(start_engine, load, tmp_path):
-    loader = load([start_engine(tokens_per_s=2000)], kind="decode", isl=400, osl=40, each=3, decode_tokens=60)
-    (raw,) = run(loader, completed=3)
+    asked = decode(3, isl=400, osl=40)
+    (raw,) = run(load([start_engine(tokens_per_s=2000)], asked, decode_tokens=60), completed=3)
     assert [request["max_tokens"] for request in requests_to(tmp_path)] == [60] * 3
     assert (raw.sent, raw.completed, raw.output_tokens) == (3, 3, 180)
-    assert raw.prompt_tokens_max == raw.prompt_tokens_min == prompt_tokens(workload("decode", isl=400, osl=40))
+    assert raw.prompt_tokens_max == raw.prompt_tokens_min == prompt_tokens(asked)
 
 
 def test_streams_are_counted_in_full_however_they_come(start_engine, load, tmp_path):
-    engines = [start_engine(coalesce=3), start_engine(split_bytes=7), start_engine(bos=2)]
-    loader = load(engines, osl=9, each=2)
-    words = [calibration.words for calibration in loader.wait_ready(20)]
-    raws = run(loader, completed=6)
-    for engine, raw in zip(engines, raws, strict=True):
+    for index, faults in enumerate(({"coalesce": 3}, {"split_bytes": 7}, {"bos": 2})):
+        engine = start_engine(**faults)
+        loader = load([engine], serve(2, osl=9))
+        (calibration,) = loader.wait_ready(20)
+        (raw,) = run(loader, completed=6)
         assert raw.failed == 0
-        assert raw.output_tokens == engine.counter("generation_tokens_total") - CALIBRATION_TOKENS
+        assert raw.output_tokens == engine.counter("generation_tokens_total") - calibrations(0)
         assert sum(raw.tokens) == pytest.approx(raw.output_tokens, abs=0.1)
         assert (raw.prompt_tokens_min, raw.prompt_tokens_max) == (24, 24)
-    assert raws[0].chunks < raws[0].output_tokens
-    assert [raw.chunks for raw in raws[1:]] == [raw.output_tokens for raw in raws[1:]]
-    assert words == [24, 24, 22]
-    assert len(requests_to(tmp_path, 2)[0]["prompt"].split()) == 22
+        assert (raw.chunks < raw.output_tokens) == ("coalesce" in faults)
+        assert calibration.words == 24 - faults.get("bos", 0)
+        asked = [json.loads(line) for line in (tmp_path / f"requests-{index}.jsonl").read_text().splitlines()]
+        assert len(asked[-1]["prompt"].split()) == calibration.words
+
+
+def test_prompts_of_mixed_lengths_lie_in_the_range_and_are_what_the_server_counts(start_engine, load, tmp_path):
+    asked = serve(8, isl=24, osl=6, isl_range=(8, 40), osl_range=(2, 10))
+    (raw,) = run(load([start_engine(bos=2)], asked), completed=60)
+    requests = requests_to(tmp_path)
+    prompts, outputs = ([request[of] for request in requests] for of in ("prompt_tokens", "max_tokens"))
+    assert 8 <= min(prompts) < 16 and 32 < max(prompts) <= 40
+    assert (raw.prompt_tokens_min, raw.prompt_tokens_max) == (min(prompts), max(prompts))
+    assert min(outputs) >= 1 and max(outputs) == 10 and len(set(outputs)) > 6
+    assert sum(output == 1 for output in outputs) <= 8  # only first requests may be cut below the range
+    assert raw.output_tokens == sum(outputs)
+
+
+# ---------------------------------------------------------------- which engine gets a request
+
+
+def test_two_generators_share_one_count_of_requests_in_flight_and_load_three_engines_equally(
+    start_engine, load, tmp_path
+):
+    engines = [start_engine(tokens_per_s=100) for _ in range(3)]
+    loader = load(engines, serve(3), workers=2, directory=tmp_path)
+    raws = by_engine(run(loader, completed=24), 3)
+    fair = sum(raw.sent for raw in raws) / 3
+    assert [raw.sent for raw in raws] == pytest.approx([fair] * 3, rel=0.25)
+
+
+def test_a_generator_heeds_what_others_have_in_flight(start_engine, load, tmp_path):
+    loader = load([start_engine(), start_engine(), start_engine()], serve(4), workers=2, directory=tmp_path)
+    loader.wait_ready(20)
+    other = Board(tmp_path / BOARD, 1, 2, 3)
+    for _ in range(10):
+        other.take(0)
+        other.take(1)
+    first, second, third = by_engine(run(loader, completed=8), 3)
+    assert (first.sent, second.sent) == (0, 0) and third.completed >= 16
+
+
+def test_counts_on_the_board_are_what_the_engines_run(start_engine, load, tmp_path):
+    engines = [start_engine(tokens_per_s=40) for _ in range(3)]
+    loader = load(engines, serve(12, osl=40), workers=2, directory=tmp_path)
+    loader.wait_ready(20)
+    loader.go()
+    board = Board(tmp_path / BOARD, 0, 2, 3)
+    until(lambda: board.in_flight() == [engine.counter("num_requests_running") for engine in engines] == [4, 4, 4])
+    assert [tick.in_flight for tick in loader.progress()] == [6, 6]
+
+
+def test_a_slow_engine_gets_fewer_new_requests_than_a_fast_one(start_engine, load):
+    engines = [start_engine(tokens_per_s=800), start_engine(tokens_per_s=100)]
+    fast, slow = by_engine(run(load(engines, serve(8), workers=2), completed=40), 2)
+    assert slow.sent < fast.sent / 2
+    assert slow.completed > 0
+
+
+@pytest.mark.parametrize("how", ["status", "disconnect"])
+def test_an_engines_failed_request_gives_its_place_back(start_engine, load, tmp_path, how):
+    engines = [start_engine(), start_engine(fail_every=2, fail_how=how, spare=1)]
+    well, ill = run(load(engines, serve(6), directory=tmp_path), completed=60)
+    # Places that were kept would add up until every request went to the engine without failures.
+    assert ill.failed > 6 and well.failed == 0
+    assert Board(tmp_path / BOARD, 0, 1, 2).in_flight() == [0, 0]
+
+
+def test_a_decode_wave_is_dealt_exactly_evenly_by_however_many_generators(start_engine, load):
+    engines = [start_engine(tokens_per_s=2000) for _ in range(3)]
+    loader = load(engines, decode(8), workers=3, decode_tokens=20)
+    loader.wait_ready(20)
+    loader.go()
+    until(lambda: sum(tick.completed for tick in loader.progress()) == 8)
+    assert [raw.sent for raw in by_engine(loader.stop(None, 20), 3)] == [3, 3, 2]
+
+
+def test_there_are_no_more_generators_than_requests_in_flight():
+    jobs = deal(["http://127.0.0.1:9"], NAME, serve(3), 8)
+    assert [(job.worker, job.workers, job.concurrency, job.first_slot) for job in jobs] == [
+        (0, 3, 1, 0), (1, 3, 1, 1), (2, 3, 1, 2),
+    ]  # fmt: skip
+    assert [job.concurrency for job in deal(["http://127.0.0.1:9"], NAME, serve(11), 4)] == [3, 3, 3, 2]
+
+
+# ---------------------------------------------------------------- the window
 
 
 def test_only_what_ended_inside_the_window_is_in_the_histograms(start_engine, load):
     # Four requests in flight at 160 tokens/s: a step of 25 ms, eight tokens a request.
     origin_s = time.monotonic()
-    loader = load([start_engine(tokens_per_s=160)], origin_s=origin_s)
+    loader = load([start_engine(tokens_per_s=160)], serve(), origin_s=origin_s)
     loader.wait_ready(20)
     loader.go()
     until(lambda: loader.progress()[0].completed >= 4)
@@ -322,7 +422,7 @@ def test_only_what_ended_inside_the_window_is_in_the_histograms(start_engine, lo
 
 
 def test_a_load_without_slots_counts_nothing(start_engine, load):
-    loader = load([start_engine()], each=0)
+    loader = load([start_engine()], serve(0))
     loader.wait_ready(20)
     loader.go()
     (raw,) = loader.stop(None, 20)
@@ -334,25 +434,38 @@ def test_a_load_without_slots_counts_nothing(start_engine, load):
 
 def test_a_tokenizer_of_another_model_is_an_error_that_says_so(start_engine, load):
     with pytest.raises(LoadFailed, match=r"a prompt of .* belong to the model") as failure:
-        load([start_engine(), start_engine(tokens_per_word=2)], isl=40).wait_ready(20)
-    assert failure.value.engine == 1
+        load([start_engine(), start_engine(tokens_per_word=2)], serve(isl=40)).wait_ready(20)
+    assert "80 tokens to engine 1, 40 were expected" in str(failure.value)
+    assert failure.value.worker == 0
     assert failure.value.exit_code == 3
 
 
 def test_an_engine_that_refuses_the_calibration_is_quoted(start_engine, load):
     engine = start_engine(flags=["--max-model-len", "20"])
-    with pytest.raises(LoadFailed, match=r"engine 0 gave up: the calibration.*maximum context length is 20"):
-        load([engine], isl=40).wait_ready(20)
+    refusal = r"load generator 0 gave up: the calibration request to engine 0.*maximum context length is 20"
+    with pytest.raises(LoadFailed, match=refusal):
+        load([engine], serve(isl=40)).wait_ready(20)
+
+
+def test_the_longest_prompt_is_what_is_calibrated(start_engine, load):
+    engine = start_engine(flags=["--max-model-len", "60"])
+    with pytest.raises(LoadFailed, match="maximum context length is 60"):
+        load([engine], serve(isl=44, isl_range=(8, 80))).wait_ready(20)
+
+
+def test_a_shortest_prompt_without_room_for_a_word_is_an_error(start_engine, load):
+    with pytest.raises(LoadFailed, match="a prompt of 2 tokens leaves no room for a word"):
+        load([start_engine(bos=2)], serve(isl=11, isl_range=(2, 20))).wait_ready(20)
 
 
 def test_nobody_listening_is_an_error(load):
-    with pytest.raises(LoadFailed, match="the calibration request failed: Client"):
-        load(["http://127.0.0.1:9"]).wait_ready(20)
+    with pytest.raises(LoadFailed, match="the calibration request to engine 0 failed: Client"):
+        load(["http://127.0.0.1:9"], serve()).wait_ready(20)
 
 
 def test_a_tokenizer_that_is_not_there_is_an_error(load, tmp_path):
     with pytest.raises(LoadFailed, match="FileNotFoundError"):
-        load(["http://127.0.0.1:9"], tokenizer=tmp_path / "none.json").wait_ready(20)
+        load(["http://127.0.0.1:9"], serve(), tokenizer=tmp_path / "none.json").wait_ready(20)
 
 
 # ---------------------------------------------------------------- failures
@@ -366,7 +479,7 @@ def test_failed_requests_are_counted_with_their_texts_and_their_slots_go_on(star
         "no_usage": "the stream ended without usage",
     }
     engines = [start_engine(fail_every=6, fail_how=how, spare=2) for how in texts]
-    for raw, text in zip(run(load(engines), completed=20), texts.values(), strict=True):
+    for raw, text in zip(run(load(engines, serve(16)), completed=100), texts.values(), strict=True):
         assert 0 < raw.failed < raw.completed
         assert raw.sent == raw.completed + raw.failed == sum(raw.completions) + raw.failed
         assert all(re.match(text, error, re.DOTALL) and len(error) <= 200 for error in raw.errors)
@@ -374,15 +487,15 @@ def test_failed_requests_are_counted_with_their_texts_and_their_slots_go_on(star
 
 
 def test_a_request_without_an_end_fails_after_its_time(start_engine, load):
-    (raw,) = run(load([start_engine(tokens_per_s=20)], each=2, osl=40, request_timeout_s=0.5), completed=1)
+    (raw,) = run(load([start_engine(tokens_per_s=20)], serve(2, osl=40), request_timeout_s=0.5), completed=1)
     assert raw.failed >= 1
     assert "not complete after 0.5 s" in raw.errors[0]
 
 
 def test_fifty_failures_in_a_row_end_the_sending_and_are_reported(start_engine, load):
-    loader = load([start_engine(fail_every=1, spare=2)], each=25)
+    loader = load([start_engine(fail_every=1, spare=2)], serve(25))
     (raw,) = run(loader, completed=10**6)
-    assert "something broke" in loader.progress()[0].gave_up
+    assert re.match("engine 0: HTTP status 500.*something broke", loader.progress()[0].gave_up)
     assert raw.completed == 0
     assert 50 <= raw.failed == raw.sent < 100
     assert len(raw.errors) == 5
@@ -390,7 +503,7 @@ def test_fifty_failures_in_a_row_end_the_sending_and_are_reported(start_engine, 
 
 def test_an_engine_that_dies_leaves_failures_and_what_was_counted_before(start_engine, load):
     engine = start_engine(tokens_per_s=500)
-    loader = load([engine])
+    loader = load([engine], serve())
     loader.wait_ready(20)
     loader.go()
     until(lambda: loader.progress()[0].completed >= 4)
@@ -404,9 +517,9 @@ def test_an_engine_that_dies_leaves_failures_and_what_was_counted_before(start_e
 # ---------------------------------------------------------------- the end
 
 
-def test_the_drain_cuts_off_what_does_not_end_and_keeps_its_tokens(start_engine, load):
+def test_the_drain_cuts_off_what_does_not_end_and_keeps_its_tokens(start_engine, load, tmp_path):
     engine = start_engine(tokens_per_s=100, coalesce=2)
-    loader = load([engine], kind="decode", decode_tokens=10_000, each=2, drain_timeout_s=0.3)
+    loader = load([engine], decode(2), decode_tokens=10_000, drain_timeout_s=0.3, directory=tmp_path)
     loader.wait_ready(20)
     loader.go()
     until(lambda: loader.progress()[0].tokens > 10)
@@ -414,11 +527,12 @@ def test_the_drain_cuts_off_what_does_not_end_and_keeps_its_tokens(start_engine,
     assert (raw.sent, raw.completed, raw.failed) == (2, 0, 0)
     assert sum(raw.tokens) == raw.chunks > 10
     assert raw.output_tokens == 0
+    assert Board(tmp_path / BOARD, 0, 1, 1).in_flight() == [0]
 
 
 def test_an_abort_leaves_no_process_and_no_connection(start_engine, load, monkeypatch):
     engine = start_engine(tokens_per_s=50)
-    loader = load([engine, engine], osl=200)
+    loader = load([engine], serve(8, osl=200), workers=2)
     loader.wait_ready(20)
     loader.go()
     until(lambda: all(tick.in_flight == 4 for tick in loader.progress()))
@@ -432,7 +546,7 @@ def test_an_abort_leaves_no_process_and_no_connection(start_engine, load, monkey
 
 def test_a_worker_that_dies_is_named(start_engine, load):
     engine = start_engine()
-    loader = load([engine, engine])
+    loader = load([engine], serve(8), workers=2)
     loader.wait_ready(20)
     loader.go()
     os.kill(loader.pids[1], signal.SIGKILL)
@@ -444,10 +558,10 @@ def test_a_worker_that_dies_is_named(start_engine, load):
             return failure
 
     failure = until(trouble)
-    assert failure.engine == 1
-    assert str(failure) == "the load generator of engine 1 was ended by signal 9"
+    assert failure.worker == 1
+    assert str(failure) == "load generator 1 was ended by signal 9"
     for ask in (loader.progress, lambda: loader.stop(None, 20)):
-        with pytest.raises(LoadFailed, match="engine 1"):
+        with pytest.raises(LoadFailed, match="load generator 1"):
             ask()
 
 
@@ -455,8 +569,8 @@ def test_a_worker_that_is_late_is_named(load):
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
-        loader = load([f"http://127.0.0.1:{mute.getsockname()[1]}"])
-        with pytest.raises(LoadTimeout, match=r"engine 0 was not ready after 0.2 s"):
+        loader = load([f"http://127.0.0.1:{mute.getsockname()[1]}"], serve())
+        with pytest.raises(LoadTimeout, match=r"load generator 0 was not ready after 0.2 s"):
             loader.wait_ready(0.2)
         with pytest.raises(LoadFailed, match="not ready yet"):
             loader.progress()
@@ -464,21 +578,21 @@ def test_a_worker_that_is_late_is_named(load):
 
 def test_what_is_no_message_is_reported_with_its_text(load, monkeypatch):
     monkeypatch.setattr(load_module, "WORKER", [sys.executable, "-c", "print('hello'); input(); input()"])
-    with pytest.raises(LoadFailed, match=r"engine 0 sent what is not a message .*hello"):
-        load(["http://127.0.0.1:9"]).wait_ready(20)
+    with pytest.raises(LoadFailed, match=r"load generator 0 sent what is not a message .*hello"):
+        load(["http://127.0.0.1:9"], serve()).wait_ready(20)
 
 
-def test_workers_end_with_their_parent(start_engine, tokenizer):
+def test_workers_end_with_their_parent(start_engine, tokenizer, tmp_path):
     engine = start_engine(tokens_per_s=50)
     code = f"""
 import time
 from pathlib import Path
 from advisor.core.records import Workload
-from advisor.shell.load import Load, LoadJob
+from advisor.shell.load import Load, deal
 load = Workload(kind="serve", isl=8, osl=500, concurrency=2)
-job = LoadJob(engine=0, base_url={engine.url!r}, model={NAME!r}, workload=load, concurrency=2)
-load = Load.start([job], tokenizer=Path({str(tokenizer)!r}), bin_s=0.1, origin_s=time.monotonic(), cores=[],
-                  environment={{}}, drain_timeout_s=1)
+jobs = deal([{engine.url!r}], {NAME!r}, load, 1)
+load = Load.start(jobs, tokenizer=Path({str(tokenizer)!r}), directory=Path({str(tmp_path)!r}), bin_s=0.1,
+                  origin_s=time.monotonic(), cores=[], environment={{}}, drain_timeout_s=1)
 load.wait_ready(20)
 load.go()
 print(load.pids[0], flush=True)
@@ -500,17 +614,19 @@ def answer_to(config):
 
 
 def test_a_worker_says_what_is_wrong_with_its_configuration():
-    code, answer = answer_to({"engine": 0})
+    code, answer = answer_to({"worker": 0})
     assert code == 1
     assert "not a load configuration" in json.loads(answer)["error"]
 
 
 def test_a_worker_whose_parent_is_another_process_does_nothing(tokenizer):
     config = LoadConfig(
-        engine=0,
-        base_url="http://127.0.0.1:9",
+        worker=0,
+        workers=1,
+        base_urls=["http://127.0.0.1:9"],
+        board="/nowhere/in-flight",
         model=NAME,
-        workload=workload("serve"),
+        workload=serve(),
         concurrency=1,
         first_slot=0,
         decode_tokens=0,

@@ -1,4 +1,4 @@
-"""Several load generators of one engine make one record."""
+"""What several load generators saw of an engine makes one record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advisor.core.loads import merge
+from advisor.core.loads import by_engine, merge
 from advisor.core.measure import completions_between, measure, tokens_between
 
 TRIAL = raw.trial(engines=1, mps=False)
@@ -47,3 +47,13 @@ def test_loads_of_different_engines_are_not_added_up():
     other = msgspec.structs.replace(LOAD, engine=1)
     with pytest.raises(ValueError, match="one engine"):
         merge([LOAD, other])
+
+
+def test_every_generator_saw_every_engine_and_every_engine_gets_one_record():
+    parts = [msgspec.structs.replace(LOAD, engine=engine, sent=sent) for sent, engine in enumerate([0, 1, 0, 1])]
+    assert [(load.engine, load.sent) for load in by_engine(parts, 2)] == [(0, 2), (1, 4)]
+
+
+def test_an_engine_that_no_generator_saw_is_an_error():
+    with pytest.raises(ValueError, match="no load generator"):
+        by_engine([LOAD], 2)

@@ -220,6 +220,22 @@ def test_prompts_of_another_length_are_refused(field, tokens):
     assert codes(changed(TRIAL, f"loads.1.{field}", tokens)) == {"prompt_length"}
 
 
+MIXED = raw.trial(
+    workload=Workload(kind="serve", isl=1152, osl=128, concurrency=256, isl_range=(256, 2048), osl_range=(64, 192))
+)
+
+
+def test_prompts_of_mixed_lengths_may_be_any_of_the_range_and_no_other():
+    assert judge(MIXED) == []
+    assert codes(changed(changed(MIXED, "loads.0.prompt_tokens_min", 300), "loads.0.prompt_tokens_max", 2000)) == set()
+    for field, tokens in (("min", 255), ("max", 2049), ("min", None), ("max", None)):
+        broken = changed(MIXED, f"loads.1.prompt_tokens_{field}", tokens)
+        assert codes(broken) == {"prompt_length"}
+        assert "prompts should hold 256 to 2048 tokens" in text(broken, "prompt_length")
+    prefill = Workload(kind="prefill", isl=1024, osl=1, concurrency=256, isl_range=(24, 2024))
+    assert judge(raw.trial(workload=prefill, rate=60.0)) == []
+
+
 def test_a_decode_wave_that_was_cut_off_need_not_know_its_prompt_lengths():
     unknown = changed(changed(DECODE, "loads.0.prompt_tokens_min", None), "loads.0.prompt_tokens_max", None)
     assert codes(unknown) == set()
@@ -505,12 +521,27 @@ def test_an_engine_far_below_its_fair_share_is_a_caution():
         return trial
 
     assert caution_codes(slowed(0.5)) == {"unequal_engines"}
+    (caution,) = cautions(slowed(0.5), measure(slowed(0.5)))
+    assert "Engine 1 gave 67 % of its fair share of the output tokens" in caution.text
     assert caution_codes(slowed(0.8)) == set()
 
 
-def test_an_uneven_split_of_the_requests_is_fair():
-    three = Workload(kind="serve", isl=128, osl=128, concurrency=4)
-    assert caution_codes(raw.trial(3, rate=2000.0, workload=three)) == set()
+def test_a_fair_share_is_one_of_output_tokens_whatever_the_remainder_of_the_requests():
+    four = Workload(kind="serve", isl=128, osl=128, concurrency=4)
+    level = raw.reshaped(raw.trial(3, rate=2000.0, workload=four), lambda load, low_s, high_s, _: 66.0)
+    assert caution_codes(level) == set()
+
+
+def test_a_decode_wave_is_fair_by_the_requests_that_an_engine_was_dealt():
+    three = Workload(kind="decode", isl=1024, osl=128, concurrency=3)
+    wave = raw.trial(2, rate=300.0, workload=three)
+    assert caution_codes(wave) == set()  # two requests against one
+    # Engines of equal output then: two requests had no more than one.
+    each = sum(sum(load.tokens) for load in wave.loads) / len(wave.loads[0].tokens) / 2
+    assert caution_codes(raw.reshaped(wave, lambda *_: each)) == set()  # 75 % of its share
+    assert caution_codes(raw.reshaped(wave, lambda load, *_: each * (0.8 if load.engine == 0 else 1.2))) == {
+        "unequal_engines"
+    }
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ N = TypeVar("N", int, float)
 
 
 def merge(parts: Sequence[RawLoad]) -> RawLoad:
-    """Add up what several generators of the same engine saw. Their bins have to lie on one grid.
+    """Add up what several generators saw of the same engine. Their bins have to lie on one grid.
 
-    Raises ValueError for parts of different engines or of different bin widths.
+    Raises ValueError for no parts, and for parts of different engines or of different bin widths.
     """
+    if not parts:
+        raise ValueError("no load generator saw this engine")
     first = parts[0]
     if any((part.engine, part.bin_s) != (first.engine, first.bin_s) for part in parts):
         raise ValueError("only loads of one engine with bins of one width can be added up")
@@ -46,6 +48,11 @@ def merge(parts: Sequence[RawLoad]) -> RawLoad:
         itl=histogram.merge([part.itl for part in parts]),
         e2e=histogram.merge([part.e2e for part in parts]),
     )
+
+
+def by_engine(parts: Sequence[RawLoad], engines: int) -> list[RawLoad]:
+    """One load for each engine from what every generator saw of it. Raises ValueError as `merge` does."""
+    return [merge([part for part in parts if part.engine == engine]) for engine in range(engines)]
 
 
 def _added(rows: Sequence[Sequence[N]], offsets: Sequence[int], total: list[N]) -> list[N]:

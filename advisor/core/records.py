@@ -93,7 +93,9 @@ class Software(Record, frozen=True):
 class Workload(Record, frozen=True):
     """What is asked of the engines. `isl` and `osl` in tokens; `concurrency` is requests in flight in total.
 
-    Output lengths of "serve" are drawn evenly from `osl` ± `osl_spread`: `osl` is their mean.
+    Output lengths of "serve" are drawn evenly from `osl` ± `osl_spread`: `osl` is their mean. With `isl_range` or
+    `osl_range` (least and most, inclusive) every request draws its own prompt or output length evenly from it, and
+    `isl` or `osl` is the rounded mean. "serve" uses both ranges, "prefill" only `isl_range`, "decode" none.
     """
 
     kind: WorkloadKind
@@ -103,6 +105,8 @@ class Workload(Record, frozen=True):
     osl_spread: int = 0
     temperature: float = 0.0
     seed: int = 0
+    isl_range: tuple[int, int] | None = None
+    osl_range: tuple[int, int] | None = None
 
 
 class Question(Record, frozen=True):
@@ -185,11 +189,11 @@ class LogHistogram(Record, frozen=True):
 
 
 class RawLoad(Record, frozen=True):
-    """What one engine's load generator process saw. Bins start at `bins_start_s` and are `bin_s` wide.
+    """What the load generators, or one of them, saw of one engine.
 
-    `tokens` are output tokens by arrival, `first_tokens` and `completions` are requests per bin. A streamed
-    chunk that carries several tokens (the server coalesced them) counts as that many; `chunks` counts events.
-    The three histograms hold only what ended inside the window.
+    Bins start at `bins_start_s` and are `bin_s` wide: `tokens` are output tokens by arrival, `first_tokens` and
+    `completions` are requests per bin. A streamed chunk that carries several tokens (the server coalesced them) counts
+    as that many; `chunks` counts events. The three histograms hold only what ended inside the window.
     """
 
     engine: int

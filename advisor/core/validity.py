@@ -24,7 +24,7 @@ from advisor.core.records import (
     ServerCounters,
     Workload,
 )
-from advisor.core.workload import prompt_tokens, shares, turnover_tokens
+from advisor.core.workload import prompt_range, shares, turnover_tokens
 
 FAILED_SHARE_MAX = 0.001
 PREFIX_HIT_SHARE_MAX = 0.005
@@ -304,17 +304,17 @@ def _request_faults(loads: Sequence[RawLoad], workload: Workload) -> Iterator[Fa
     if failed and (sent < 1000 or failed / sent > FAILED_SHARE_MAX):
         why = next((error for load in loads for error in load.errors), "no error text")
         yield Fault(code="failed_requests", text=f"{failed} of {sent} requests failed ({why})")
-    expected = prompt_tokens(workload)
+    low, high = prompt_range(workload)
+    wanted = f"{low}" if low == high else f"{low} to {high}"
     for load in loads:
-        seen = {load.prompt_tokens_min, load.prompt_tokens_max}
+        least, most = load.prompt_tokens_min, load.prompt_tokens_max
         # A decode wave is cut off in mid-answer, before the server says how long its prompts were.
-        if seen == {None} and workload.kind == "decode" and load.completed == 0:
+        if least is None and most is None and workload.kind == "decode" and load.completed == 0:
             continue
-        if seen != {expected}:
+        if least is None or most is None or not low <= least <= most <= high:
             yield Fault(
                 code="prompt_length",
-                text=f"load {load.engine}: prompts should hold {expected} tokens, the server counted "
-                f"{load.prompt_tokens_min} to {load.prompt_tokens_max}",
+                text=f"load {load.engine}: prompts should hold {wanted} tokens, the server counted {least} to {most}",
             )
 
 
@@ -541,16 +541,19 @@ def _unverified(raw: RawTrial) -> Iterator[Caution]:
 
 
 def _balance_cautions(raw: RawTrial, workload: Workload, window: tuple[float, float]) -> Iterator[Caution]:
+    # Every engine may take new requests as fast as it answers old ones, so fair is the same of the output for each. A
+    # decode wave is dealt once: there it is as much as the requests that the engine was dealt.
     total = tokens_between(raw.loads, *window)
-    parts = shares(workload.concurrency, raw.spec.engines)
+    engines = raw.spec.engines
+    parts = shares(workload.concurrency, engines) if workload.kind == "decode" else [1] * engines
     for load in raw.loads:
-        fair = total * parts[load.engine] / workload.concurrency
+        fair = total * parts[load.engine] / sum(parts)
         got = tokens_between([load], *window)
         if got < FAIR_SHARE_MIN * fair:
             yield Caution(
                 code="unequal_engines",
-                text=f"Engine {load.engine} gave {got / fair * 100:.0f} % of its fair share of the tokens.",
-                remedy="Look at its log and its cores; behind a router that balances evenly it would set the pace.",
+                text=f"Engine {load.engine} gave {got / fair * 100:.0f} % of its fair share of the output tokens.",
+                remedy="Look at its log and its cores; behind a router that deals in turn it would set the pace.",
             )
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from advisor.core.records import Candidate, Outcome, Percentiles, Report, Value
+from advisor.core.records import Candidate, Outcome, Percentiles, Report, Value, Workload
+from advisor.core.workload import prompt_range
 
 MISSING = "–"
 NARROWEST, WIDEST = 80, 100
@@ -97,8 +98,8 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
 def _title(report: Report, width: int) -> list[str]:
     model, load = report.model, report.workload
     work = {
-        "serve": f"{load.isl} in, {load.osl}{f' ± {load.osl_spread}' if load.osl_spread else ''} out",
-        "prefill": f"prefill of {load.isl}",
+        "serve": f"{_lengths(prompt_range(load))} in, {_outputs(load)} out",
+        "prefill": f"prefill of {_lengths(prompt_range(load))}",
         "decode": f"decode at {load.isl}",
     }[load.kind]
     parts = [
@@ -116,6 +117,16 @@ def _title(report: Report, width: int) -> list[str]:
         else:
             lines.append(part)
     return lines
+
+
+def _lengths(ends: tuple[int, int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
+
+
+def _outputs(load: Workload) -> str:
+    if load.osl_range is not None:
+        return _lengths(load.osl_range)
+    return f"{load.osl} ± {load.osl_spread}" if load.osl_spread else str(load.osl)
 
 
 # ---------------------------------------------------------------- the table

@@ -1,6 +1,8 @@
-"""Requests to the engines: one load generator process each, on cores of its own, so that none waits for another.
+"""Requests to the engines from load generator processes, on cores of their own.
 
-This is the parent's side; what the processes do, and the lines they speak, is in `load_worker`.
+One process is one thread and may be the limit, so there are as many as there are cores for them. Each holds a part of
+all requests in flight and sends to every engine: together they do what a router does that knows how many requests are
+in flight where. This is the parent's side; what the processes do, and the lines they speak, is in `load_worker`.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ import msgspec
 import advisor
 from advisor.core.errors import Unfit
 from advisor.core.records import RawLoad, Record, Workload
+from advisor.core.workload import output_tokens, shares
+from advisor.shell import board
 from advisor.shell.load_worker import Calibration, LoadConfig, Tick
 
 WORKER: Final = [sys.executable, "-m", "advisor.shell.load_worker"]
+BOARD: Final = "in-flight"
 REQUEST_TIMEOUT_S: Final = 600.0
 SUMMARY_TIMEOUT_S: Final = 30.0
 EXIT_TIMEOUT_S: Final = 5.0
@@ -36,9 +41,9 @@ STDERR_LINES_KEPT: Final = 20
 class LoadFailed(Unfit):
     """A load generator cannot go on: it died, could not do its work, or sent what it should not."""
 
-    def __init__(self, engine: int, why: str) -> None:
-        super().__init__(f"the load generator of engine {engine} {why}")
-        self.engine = engine
+    def __init__(self, worker: int, why: str) -> None:
+        super().__init__(f"load generator {worker} {why}")
+        self.worker = worker
 
 
 class LoadTimeout(LoadFailed):
@@ -46,14 +51,17 @@ class LoadTimeout(LoadFailed):
 
 
 class LoadJob(Record, frozen=True):
-    """One engine's share of a workload, or a part of it: `concurrency` of its requests, sent to `base_url`.
+    """The part of load generator `worker` of `workers`: `concurrency` of the workload's requests in flight.
 
-    `model` is the name that the engine serves. `decode_tokens` is the output length of the requests of the
-    workload "decode", which are sent once. `cores` replaces the cores that all workers share.
+    They go to whichever of the engines, at `base_urls` in their order, has the fewest in flight. `model` is the name
+    that the engines serve. `first_slot` is the number of this part's first slot over all parts. `decode_tokens` is
+    the output length of the requests of the workload "decode", which are sent once, to engine slot modulo engines.
+    `cores` replaces the cores that all workers share.
     """
 
-    engine: int
-    base_url: str
+    worker: int
+    workers: int
+    base_urls: list[str]
     model: str
     workload: Workload
     concurrency: int
@@ -62,10 +70,28 @@ class LoadJob(Record, frozen=True):
     cores: list[int] | None = None
 
 
+def deal(base_urls: Sequence[str], model: str, workload: Workload, workers: int) -> list[LoadJob]:
+    """The requests in flight, dealt evenly to `workers` load generators, or to fewer where requests are fewer."""
+    parts = shares(workload.concurrency, max(1, min(workers, workload.concurrency)))
+    return [
+        LoadJob(
+            worker=worker,
+            workers=len(parts),
+            base_urls=list(base_urls),
+            model=model,
+            workload=workload,
+            concurrency=part,
+            first_slot=sum(parts[:worker]),
+            decode_tokens=output_tokens(workload),
+        )
+        for worker, part in enumerate(parts)
+    ]
+
+
 class _Message(Record, frozen=True):
     ready: Calibration | None = None
     tick: Tick | None = None
-    result: RawLoad | None = None
+    result: list[RawLoad] | None = None
     error: str | None = None
 
 
@@ -73,10 +99,10 @@ class _Worker:
     """One load generator process. Its output is read by threads, so that it never waits for this process."""
 
     def __init__(self, config: LoadConfig, env: Mapping[str, str], changed: threading.Condition) -> None:
-        self.engine = config.engine
+        self.number = config.worker
         self.ready: Calibration | None = None
         self.tick: Tick | None = None
-        self.result: RawLoad | None = None
+        self.result: list[RawLoad] | None = None
         self.trouble: str | None = None
         self._changed = changed
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES_KEPT)
@@ -89,7 +115,7 @@ class _Worker:
             start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
         )
         self._threads = [
-            threading.Thread(target=target, name=f"load-{config.engine}", daemon=True)
+            threading.Thread(target=target, name=f"load-{config.worker}", daemon=True)
             for target in (self._read_stderr, self._read_stdout)
         ]
         for thread in self._threads:
@@ -193,6 +219,7 @@ class Load:
         jobs: Sequence[LoadJob],
         *,
         tokenizer: Path,
+        directory: Path,
         bin_s: float,
         origin_s: float,
         cores: Sequence[int],
@@ -200,16 +227,21 @@ class Load:
         drain_timeout_s: float,
         request_timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> Load:
-        """One worker for each job; returns at once.
+        """One worker for each job; the jobs are numbered and are all there are. Returns at once.
 
-        `tokenizer` is the path of the served model's tokenizer.json, `origin_s` the `time.monotonic()` of the
-        trial's start, `cores` the CPUs of all workers (empty: not pinned) unless a job names its own,
-        `environment` the workers' whole environment.
+        `tokenizer` is the path of the served model's tokenizer.json, `directory` where the workers count their requests
+        in a file that stays there, `origin_s` the `time.monotonic()` of the trial's start, `cores` the CPUs of all
+        workers (empty: not pinned) unless a job names its own, `environment` the workers' whole environment.
+        Raises OSError when `directory` cannot be written to.
         """
+        counts = directory.resolve() / BOARD
+        board.create(counts, len(jobs), len(jobs[0].base_urls))
         configs = [
             LoadConfig(
-                engine=job.engine,
-                base_url=job.base_url,
+                worker=job.worker,
+                workers=job.workers,
+                base_urls=job.base_urls,
+                board=str(counts),
                 model=job.model,
                 workload=job.workload,
                 concurrency=job.concurrency,
@@ -255,18 +287,18 @@ class Load:
             self._raise_trouble()
 
     def progress(self) -> list[Tick]:
-        """The latest tick of each engine, without waiting. Raises LoadFailed where a worker is gone or not ready."""
+        """The latest tick of each worker, without waiting. Raises LoadFailed where a worker is gone or not ready."""
         with self._changed:
             self._raise_trouble()
             ticks = []
             for worker in self._workers:
                 if worker.tick is None:
-                    raise LoadFailed(worker.engine, "is not ready yet; wait for it before asking for progress")
+                    raise LoadFailed(worker.number, "is not ready yet; wait for it before asking for progress")
                 ticks.append(worker.tick)
             return ticks
 
     def stop(self, window: tuple[float, float] | None, timeout_s: float) -> list[RawLoad]:
-        """Send nothing new, let the requests in flight end, and return what each worker saw, in the order of jobs.
+        """Send nothing new, let the requests in flight end, and return what each worker saw of each engine.
 
         `window` is the measured part (start, end) in seconds since `origin_s`; None when none was reached. The
         workers cut off what has not ended after `drain_timeout_s`, so `timeout_s` is at least that; 30 s are
@@ -277,7 +309,7 @@ class Load:
         deadline_s = time.monotonic() + EXIT_TIMEOUT_S
         for worker in self._workers:
             worker.end(deadline_s)
-        return [worker.result for worker in self._workers if worker.result is not None]
+        return [part for worker in self._workers for part in worker.result or ()]
 
     def abort(self) -> None:
         """Close all connections and end all workers now. Does nothing to workers that have ended."""
@@ -298,9 +330,9 @@ class Load:
             self._raise_trouble()
             for worker in self._workers:
                 if not done(worker):
-                    raise LoadTimeout(worker.engine, f"{late} after {timeout_s:g} s")
+                    raise LoadTimeout(worker.number, f"{late} after {timeout_s:g} s")
 
     def _raise_trouble(self) -> None:
         for worker in self._workers:
             if worker.trouble is not None:
-                raise LoadFailed(worker.engine, worker.trouble)
+                raise LoadFailed(worker.number, worker.trouble)

@@ -1,4 +1,6 @@
-"""One process that keeps one engine busy over streaming HTTP and remembers when each piece came back.
+"""One process that keeps its part of all requests in flight over streaming HTTP, and remembers when each piece came.
+
+Every new request goes to the engine that has the fewest in flight over all such processes (`board`).
 
 Run as `python -m advisor.shell.load_worker` by `advisor.shell.load`, with JSON lines on stdin and stdout:
 
@@ -7,7 +9,7 @@ Run as `python -m advisor.shell.load_worker` by `advisor.shell.load`, with JSON 
     in   {"go": true}                      start
     out  {"tick": {Tick}}                  every 0.1 s
     in   {"stop": {"window": [t0, t1]}}    send no more, let what is in flight end; window null: none was reached
-    out  {"result": {RawLoad}}             then exit 0
+    out  {"result": [{RawLoad}, ...]}      one for each engine, in their order; then exit 0
     in   {"abort": true}, or end of input  close everything and exit at once
     out  {"error": "..."}                  instead of any of the above, then exit 1
 
@@ -39,7 +41,8 @@ import msgspec
 from advisor.core import histogram
 from advisor.core.records import RawLoad, Record, Workload
 from advisor.core.vocabulary import words_of
-from advisor.core.workload import prompt_tokens
+from advisor.core.workload import output_range, prompt_range
+from advisor.shell.board import Board
 
 TICK_S: Final = 0.1
 RETRY_S: Final = 0.2
@@ -57,14 +60,17 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 class LoadConfig(Record, frozen=True):
-    """One engine's share of a workload: `concurrency` requests in flight at a time. `cores` empty: not pinned.
+    """The part of worker `worker` of `workers`: `concurrency` of the workload's requests in flight at a time.
 
-    Its slots are numbered from `first_slot`, so that several workers of one engine send different prompts.
-    `decode_tokens` is the output length of every request of the workload "decode"; the others do not use it.
+    Engine i is the one at `base_urls[i]`; `board` is the file of the requests in flight. Slots are numbered over all
+    workers, these from `first_slot` on. `decode_tokens` is the output length of every request of the workload
+    "decode"; the others do not use it. `cores` empty: not pinned.
     """
 
-    engine: int
-    base_url: str
+    worker: int
+    workers: int
+    base_urls: list[str]
+    board: str
     model: str
     workload: Workload
     concurrency: int
@@ -80,16 +86,21 @@ class LoadConfig(Record, frozen=True):
 
 
 class Calibration(Record, frozen=True):
-    """`words` of our own make `prompt_tokens` tokens, as the engine counts them."""
+    """`words` of our own make `prompt_tokens` tokens, the longest prompt, as every engine counts them."""
 
     words: int
     prompt_tokens: int
 
+    @property
+    def extra(self) -> int:
+        """Tokens that every prompt has beyond its words."""
+        return self.prompt_tokens - self.words
+
 
 class Tick(Record, frozen=True):
-    """Progress so far. `tokens` counts content events, one token each unless the server coalesced some.
+    """Progress so far, over all engines. `tokens` counts content events, one each unless the server coalesced some.
 
-    `gave_up` is the last error after 50 failures in a row; from then on nothing more is sent.
+    `gave_up` names an engine and its last error after 50 failures in a row; from then on nothing more is sent.
     """
 
     at_s: float
@@ -180,8 +191,12 @@ class EventStream:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its answer. `arrived_s` and `events` run in parallel: when each read came, what it held."""
+    """One request to one engine, and its answer.
 
+    `arrived_s` and `events` run in parallel: when each read came, what it held.
+    """
+
+    engine: int
     sent_s: float
     arrived_s: array[float] = field(default_factory=lambda: array("d"))
     events: array[int] = field(default_factory=lambda: array("l"))
@@ -191,13 +206,13 @@ class Exchange:
 
 
 class Client:
-    """Sends completions to one engine and counts what streams back."""
+    """Sends completions to the engines and counts what streams back."""
 
     def __init__(self, config: LoadConfig, words: Sequence[str], session: aiohttp.ClientSession) -> None:
         self._config = config
         self._words = words
         self._session = session
-        self._url = f"{config.base_url.rstrip('/')}/v1/completions"
+        self._urls = [f"{url.rstrip('/')}/v1/completions" for url in config.base_urls]
         self.events = 0
 
     def now_s(self) -> float:
@@ -228,7 +243,7 @@ class Client:
         stream = EventStream()
         origin_s = self._config.origin_s
         clock = time.monotonic
-        async with self._session.post(self._url, json=body) as response:
+        async with self._session.post(self._urls[exchange.engine], json=body) as response:
             content = response.content
             if response.status != 200:
                 text = await content.read(4 * ERROR_CHARS)
@@ -255,97 +270,117 @@ class Client:
     async def calibrate(self) -> Calibration:
         """How many words make a prompt of the wanted length. Raises WorkerError when no number does.
 
-        A tokenizer may add a constant (a beginning-of-text token). It is found on a short prompt, and the full
-        prompt is then checked.
+        A tokenizer may add a constant (a beginning-of-text token). It is found on a short prompt to the first engine;
+        the longest prompt is then checked with every engine, for all have to serve the same model.
         """
-        wanted = prompt_tokens(self._config.workload)
-        rng = random.Random(f"{self._config.workload.seed}/{self._config.engine}/calibration/{self._config.first_slot}")
-        short = min(wanted, CALIBRATION_WORDS)
-        words = wanted - (await self._count(rng, short) - short)
-        if words < 1:
-            raise WorkerError(f"a prompt of {wanted} tokens leaves no room for a word; ask for a longer one")
-        counted = await self._count(rng, words)
-        if counted != wanted:
-            raise WorkerError(
-                f"a prompt of {words} words is {counted} tokens to the engine, {wanted} were expected: does"
-                f" {self._config.tokenizer} belong to the model that it serves?"
-            )
-        return Calibration(words=words, prompt_tokens=counted)
+        shortest, longest = prompt_range(self._config.workload)
+        rng = random.Random(f"{self._config.workload.seed}/{self._config.worker}/calibration")
+        short = min(shortest, CALIBRATION_WORDS)
+        extra = await self._count(0, rng, short) - short
+        if shortest - extra < 1:
+            raise WorkerError(f"a prompt of {shortest} tokens leaves no room for a word; ask for a longer one")
+        words = longest - extra
+        for engine in range(len(self._urls)):
+            counted = await self._count(engine, rng, words)
+            if counted != longest:
+                raise WorkerError(
+                    f"a prompt of {words} words is {counted} tokens to engine {engine}, {longest} were expected: does"
+                    f" {self._config.tokenizer} belong to the model that it serves?"
+                )
+        return Calibration(words=words, prompt_tokens=longest)
 
-    async def _count(self, rng: random.Random, words: int) -> int:
-        exchange = Exchange(sent_s=self.now_s())
+    async def _count(self, engine: int, rng: random.Random, words: int) -> int:
+        exchange = Exchange(engine=engine, sent_s=self.now_s())
+        failed = f"the calibration request to engine {engine} failed"
         try:
             await self.complete(exchange, self.prompt(rng, words), 1, CALIBRATION_TIMEOUT_S)
         except RequestFailed as error:
-            raise WorkerError(f"the calibration request failed: {error}"[: 2 * ERROR_CHARS]) from error
+            raise WorkerError(f"{failed}: {error}"[: 2 * ERROR_CHARS]) from error
         if exchange.prompt_tokens is None:
-            raise WorkerError("the calibration request failed: its usage names no prompt tokens")
+            raise WorkerError(f"{failed}: its usage names no prompt tokens")
         return exchange.prompt_tokens
 
 
 # ---------------------------------------------------------------- the closed loop
 
 
+def remaining(rng: random.Random, low: int, high: int) -> int:
+    """What is left of a request that is under way, its length between `low` and `high`, at a moment of no choice."""
+    while (left := rng.randint(1, high)) > rng.randint(low, high):
+        pass
+    return left
+
+
 class ClosedLoop:
     """Slots that each send the next request when their last one has ended."""
 
-    def __init__(self, config: LoadConfig, client: Client, words: int) -> None:
+    def __init__(self, config: LoadConfig, client: Client, board: Board, extra: int) -> None:
+        engines = len(config.base_urls)
         self._config = config
         self._client = client
-        self._words = words
+        self._board = board
+        self._extra = extra
         self._stopping = asyncio.Event()
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = [0] * engines
         self._first_bin = int(client.now_s() / config.bin_s)
-        self._slots = [asyncio.create_task(self._slot(index)) for index in range(config.concurrency)]
+        self._slots = [asyncio.create_task(self._slot(config.first_slot + i)) for i in range(config.concurrency)]
         self.exchanges: list[Exchange] = []
-        self.errors: list[str] = []
-        self.completed = 0
-        self.failed = 0
+        self.errors: list[list[str]] = [[] for _ in range(engines)]
+        self.completed = [0] * engines
+        self.failed = [0] * engines
         self.in_flight = 0
         self.gave_up: str | None = None
 
-    async def _slot(self, index: int) -> None:
+    async def _slot(self, number: int) -> None:
         workload = self._config.workload
-        rng = random.Random(f"{workload.seed}/{self._config.engine}/{self._config.first_slot + index}")
+        rng = random.Random(f"{workload.seed}/{self._config.worker}/{number}")
+        prompts, outputs = prompt_range(workload), output_range(workload)
+        if workload.kind == "decode":
+            # A wave is dealt once and nothing evens it out later, so it must not depend on who looks first.
+            engine = number % len(self._config.base_urls)
+            await self._attempt(engine, self._prompt(rng, prompts), self._config.decode_tokens)
+            return
         # Without different first lengths all slots would end, and be prefilled, in the same steps for ever.
         staggered = workload.kind == "serve"
-        full = {"serve": workload.osl, "prefill": 1, "decode": self._config.decode_tokens}[workload.kind]
         while not self._stopping.is_set():
-            spread = workload.osl_spread if workload.kind == "serve" else 0
-            length = rng.randint(1, full) if staggered else rng.randint(full - spread, full + spread)
-            done = await self._attempt(rng, length)
-            if workload.kind == "decode":
-                return
-            if done:
+            length = remaining(rng, *outputs) if staggered else rng.randint(*outputs)
+            if await self._attempt(None, self._prompt(rng, prompts), length):
                 staggered = False
             else:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), RETRY_S)
 
-    async def _attempt(self, rng: random.Random, max_tokens: int) -> bool:
-        prompt = self._client.prompt(rng, self._words)
-        exchange = Exchange(sent_s=self._client.now_s())
-        self.exchanges.append(exchange)
+    def _prompt(self, rng: random.Random, tokens: tuple[int, int]) -> str:
+        return self._client.prompt(rng, rng.randint(*tokens) - self._extra)
+
+    async def _attempt(self, engine: int | None, prompt: str, max_tokens: int) -> bool:
+        """Send one request to `engine`, or to the one with the fewest in flight; whether it brought a whole answer."""
+        if engine is None:
+            engine = self._board.choose()
+        self._board.take(engine)
         self.in_flight += 1
+        exchange = Exchange(engine=engine, sent_s=self._client.now_s())
+        self.exchanges.append(exchange)
         try:
             await self._client.complete(exchange, prompt, max_tokens, self._config.request_timeout_s)
         except RequestFailed as error:
-            self._note_failure(str(error))
+            self._note_failure(engine, str(error))
             return False
         finally:
             self.in_flight -= 1
-        self.completed += 1
-        self._failed_in_a_row = 0
+            self._board.give_back(engine)
+        self.completed[engine] += 1
+        self._failed_in_a_row[engine] = 0
         return True
 
-    def _note_failure(self, text: str) -> None:
-        self.failed += 1
-        self._failed_in_a_row += 1
+    def _note_failure(self, engine: int, text: str) -> None:
+        self.failed[engine] += 1
+        self._failed_in_a_row[engine] += 1
         text = text[:ERROR_CHARS]
-        if len(self.errors) < ERRORS_KEPT:
-            self.errors.append(text)
-        if self._failed_in_a_row >= FAILURES_IN_A_ROW_MAX and self.gave_up is None:
-            self.gave_up = text
+        if len(self.errors[engine]) < ERRORS_KEPT:
+            self.errors[engine].append(text)
+        if self._failed_in_a_row[engine] >= FAILURES_IN_A_ROW_MAX and self.gave_up is None:
+            self.gave_up = f"engine {engine}: {text}"
             self._stopping.set()
 
     async def drain(self) -> None:
@@ -363,23 +398,27 @@ class ClosedLoop:
         return Tick(
             at_s=self._client.now_s(),
             tokens=self._client.events,
-            completed=self.completed,
-            failed=self.failed,
+            completed=sum(self.completed),
+            failed=sum(self.failed),
             in_flight=self.in_flight,
             cpu_s=time.process_time(),
             gave_up=self.gave_up,
         )
 
-    def result(self, window: tuple[float, float] | None) -> RawLoad:
-        """Everything seen. What was cut off at the end of the drain is sent, neither completed nor failed.
+    def result(self, window: tuple[float, float] | None) -> list[RawLoad]:
+        """Everything seen, by engine. What was cut off at the end of the drain is sent, neither completed nor failed.
 
         Bins lie on multiples of `bin_s` since the origin, so that those of all engines cover each other.
         """
+        bins = int(self._client.now_s() / self._config.bin_s) - self._first_bin + 1
+        return [self._seen_of(engine, bins, window) for engine in range(len(self._config.base_urls))]
+
+    def _seen_of(self, engine: int, bins: int, window: tuple[float, float] | None) -> RawLoad:
         config = self._config
-        bins = int(self._client.now_s() / config.bin_s) - self._first_bin + 1
+        exchanges = [exchange for exchange in self.exchanges if exchange.engine == engine]
         tokens, first_tokens, completions = [0.0] * bins, [0] * bins, [0] * bins
         ttft, itl, e2e = histogram.empty(), histogram.empty(), histogram.empty()
-        whole = [exchange for exchange in self.exchanges if exchange.tokens is not None]
+        whole = [exchange for exchange in exchanges if exchange.tokens is not None]
         streamed = sum(sum(exchange.events) for exchange in whole)
         output = sum(exchange.tokens or 0 for exchange in whole)
         # An answer without its usage says nothing of how many tokens its events carried: as many as the others'.
@@ -391,7 +430,7 @@ class ClosedLoop:
         def inside(at_s: float) -> bool:
             return window is not None and window[0] <= at_s < window[1]
 
-        for exchange in self.exchanges:
+        for exchange in exchanges:
             each = usual if exchange.tokens is None else exchange.tokens / max(1, sum(exchange.events))
             last_s = None
             for at_s, events in zip(exchange.arrived_s, exchange.events, strict=True):
@@ -411,17 +450,17 @@ class ClosedLoop:
                     histogram.add(e2e.counts, exchange.ended_s - exchange.sent_s)
         prompts = [exchange.prompt_tokens for exchange in whole if exchange.prompt_tokens is not None]
         return RawLoad(
-            engine=config.engine,
+            engine=engine,
             bins_start_s=self._first_bin * config.bin_s,
             bin_s=config.bin_s,
             tokens=[round(value, 4) for value in tokens],
             first_tokens=first_tokens,
             completions=completions,
-            sent=len(self.exchanges),
-            completed=self.completed,
-            failed=self.failed,
-            errors=self.errors,
-            chunks=sum(sum(exchange.events) for exchange in self.exchanges),
+            sent=len(exchanges),
+            completed=self.completed[engine],
+            failed=self.failed[engine],
+            errors=self.errors[engine],
+            chunks=sum(sum(exchange.events) for exchange in exchanges),
             output_tokens=output,
             prompt_tokens_min=min(prompts, default=None),
             prompt_tokens_max=max(prompts, default=None),
@@ -507,7 +546,7 @@ def running(*coroutines: Any) -> Iterator[None]:  # noqa: ANN401  (a coroutine o
 
 
 async def serve(parent: Parent) -> None:
-    """Calibrate, wait for the word, load the engine until told to stop, report."""
+    """Calibrate, wait for the word, load the engines until told to stop, report."""
     config = await parent.config()
     if os.getppid() != config.parent_pid:
         return
@@ -517,6 +556,7 @@ async def serve(parent: Parent) -> None:
                 os.sched_setaffinity(0, config.cores)
             allow_a_connection_per_slot()
             words = words_of(json.loads(Path(config.tokenizer).read_bytes()))
+            board = Board(Path(config.board), config.worker, config.workers, len(config.base_urls))
         except (OSError, ValueError) as error:
             raise WorkerError(f"{type(error).__name__}: {error}") from error
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
@@ -529,7 +569,7 @@ async def serve(parent: Parent) -> None:
             gc.freeze()  # the vocabulary is not worth walking through again while chunks arrive
             send({"ready": calibration})
             await parent.go.wait()
-            loop = ClosedLoop(config, client, calibration.words)
+            loop = ClosedLoop(config, client, board, calibration.extra)
             with running(send_ticks(loop)):
                 window = (await parent.stop).window
                 await loop.drain()

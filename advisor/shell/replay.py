@@ -58,8 +58,8 @@ def fits(manifest: Manifest, model: str | None, workload: Workload | None) -> bo
     asked = manifest.question.workload
     return same_model and (
         workload is None
-        or (workload.kind, workload.isl, workload.osl, workload.concurrency)
-        == (asked.kind, asked.isl, asked.osl, asked.concurrency)
+        or (workload.kind, workload.isl, workload.osl, workload.concurrency, workload.isl_range, workload.osl_range)
+        == (asked.kind, asked.isl, asked.osl, asked.concurrency, asked.isl_range, asked.osl_range)
     )
 
 

@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 
 from advisor.core.errors import Unfit
-from advisor.core.loads import merge
+from advisor.core.loads import by_engine
 from advisor.core.records import (
     SCHEMA_VERSION,
     CpuUse,
@@ -35,12 +35,12 @@ from advisor.core.records import (
     Workload,
 )
 from advisor.core.settings import serve_arguments, serve_environment
-from advisor.core.workload import output_tokens, shares, turnover_tokens
+from advisor.core.workload import output_tokens, turnover_tokens
 from advisor.shell import mps
 from advisor.shell.engines import SERVED_NAME, EngineFailed, Engines, Launch
 from advisor.shell.gpu import Nvml, Sampler
 from advisor.shell.host import steal_s
-from advisor.shell.load import Load, LoadFailed, LoadJob
+from advisor.shell.load import Load, LoadFailed, deal
 from advisor.shell.processes import child_environment
 
 # The fixed prompts whose log-probabilities show that two engines compute the same: long enough for the
@@ -157,7 +157,6 @@ class LoadTrial:
         self._daemon: mps.Daemon | None = None
         self._engines: Engines | None = None
         self._load: Load | None = None
-        self._jobs: list[LoadJob] = []
         self.interrupted = False  # asked to stop while cleaning up; the record is complete all the same
         self._sampler: Sampler | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="t", dir=place.scratch))
@@ -221,9 +220,7 @@ class LoadTrial:
         self._clock.stage("drain")
         if self._load is not None and self._seen.window is not None:
             parts = self._load.stop(self._seen.window, self._protocol.drain_timeout_s)
-            self._seen.loads = [
-                merge([part for part in parts if part.engine == engine]) for engine in range(self._spec.engines)
-            ]
+            self._seen.loads = by_engine(parts, self._spec.engines)
 
     def _start_daemon(self) -> dict[str, str]:
         if not self._spec.mps:
@@ -263,11 +260,13 @@ class LoadTrial:
 
     def _start_load(self) -> None:
         assert self._engines is not None
-        self._jobs = list(self._load_jobs(self._engines.urls))
+        # Every core for the load gets a generator: one generator is one thread, and may be the limit.
+        jobs = deal(self._engines.urls, SERVED_NAME, self._workload, len(self._spec.load_cores))
         with whole():
             self._load = Load.start(
-                self._jobs,
+                jobs,
                 tokenizer=self._place.tokenizer,
+                directory=self._directory,
                 bin_s=self._protocol.bin_s,
                 origin_s=self._clock.origin_s,
                 cores=self._spec.load_cores,
@@ -284,25 +283,6 @@ class LoadTrial:
         )
         self._sampler.start()
         self._load.go()
-
-    def _load_jobs(self, urls: Sequence[str]) -> Iterator[LoadJob]:
-        """Every load core gets a generator as far as it divides: one generator is one thread, and may be the limit."""
-        per_engine = max(1, len(self._spec.load_cores) // self._spec.engines)
-        for engine, (url, share) in enumerate(
-            zip(urls, shares(self._workload.concurrency, self._spec.engines), strict=True)
-        ):
-            first_slot = 0
-            for part in shares(share, min(per_engine, share)):
-                yield LoadJob(
-                    engine=engine,
-                    base_url=url,
-                    model=SERVED_NAME,
-                    workload=self._workload,
-                    concurrency=part,
-                    first_slot=first_slot,
-                    decode_tokens=output_tokens(self._workload),
-                )
-                first_slot += part
 
     def _warm_up(self) -> None:
         if self._workload.kind == "decode":
@@ -384,7 +364,7 @@ class LoadTrial:
         ticks = self._load.progress()
         for tick in ticks:
             if tick.gave_up is not None:
-                raise EngineFailed("crash", 0, f"the engines refuse the load: {tick.gave_up}")
+                raise EngineFailed("crash", 0, f"requests keep failing: {tick.gave_up}")
         return sum(tick.tokens for tick in ticks), sum(tick.completed for tick in ticks)
 
     # -- evidence
@@ -415,7 +395,7 @@ class LoadTrial:
             rows += [_cpu_time("api_server", index, pid) for pid in front]
             if core is not None:
                 rows.append(_cpu_time("engine_core", index, core))
-        rows += [_cpu_time("load", job.engine, pid) for job, pid in zip(self._jobs, self._load.pids, strict=True)]
+        rows += [_cpu_time("load", None, pid) for pid in self._load.pids]
         rows.append(_cpu_time("advisor", None, psutil.Process().pid))
         if self._daemon is not None:
             rows += [_cpu_time("mps_server", None, pid) for pid in self._daemon.servers()]
