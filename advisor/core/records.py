@@ -116,10 +116,17 @@ class Question(Record, frozen=True):
     max_engines: int
     thread_percentages: Literal["auto", "none"] | list[int]
     min_gain: float  # 0.10 means that MPS has to bring at least 1.10 times
+    slo: dict[str, float] = {}  # "ttft_p95" and the like -> ms; empty: throughput alone decides
+    concurrency_auto: bool = False  # the workload's concurrency is found by the run, not asked for
 
 
 class Protocol(Record, frozen=True):
-    """How a trial is run. One turnover is `concurrency` requests' worth of output tokens."""
+    """How a trial is run, and which trials a profile consists of. One turnover is `concurrency` requests' worth of
+    output tokens.
+
+    The last four say what a profile does beyond one start of each candidate. Their defaults are those of the first
+    recorded runs, which did none of it; `FULL` is what a profile does today.
+    """
 
     warmup_turnovers: float = 2.0
     measure_turnovers: float = 6.0
@@ -133,6 +140,14 @@ class Protocol(Record, frozen=True):
     stall_timeout_s: float = 45.0
     drain_timeout_s: float = 60.0
     teardown_timeout_s: float = 40.0
+    tune: bool = False  # look for the best single engine before a second one is added
+    starts: int = 1  # of the default engine, of the tuned one, of the best without MPS and of the best under MPS
+    equal_budget: bool = False  # try the winner also with the single engine's token budget divided among its engines
+    curve: list[float] = []  # shares of the concurrency at which the finalists are measured too
+    curve_min_s: float = 8.0  # shortest window of such a point
+
+
+FULL = Protocol(tune=True, starts=2, equal_budget=True, curve=[0.125, 0.25, 0.5])
 
 
 class EngineSettings(Record, frozen=True):
@@ -226,10 +241,31 @@ class CpuUse(Record, frozen=True):
     pid: int
     cpu_s: float
     main_thread_s: float | None
+    waited_s: float | None = None  # longest time that one of its threads was ready to run and had no core
+
+
+class Stranger(Record, frozen=True):
+    """A process that is none of ours and used cores of ours: CPU seconds inside the window, and a core it ran on."""
+
+    pid: int
+    name: str
+    cpu_s: float
+    core: int
+
+
+class CoreSpeed(Record, frozen=True):
+    """How long a fixed piece of single-threaded work took on one core just before the window."""
+
+    core: int
+    seconds: float
 
 
 class ServerCounters(Record, frozen=True):
-    """vLLM's own counters, from its metrics endpoint, at one moment."""
+    """vLLM's own counters, from its metrics endpoint, at one moment.
+
+    `steps_by_tokens` counts engine steps by the tokens they computed: upper bound -> steps of at most so many,
+    cumulative; empty where the front end has no such metric.
+    """
 
     at_s: float
     generation_tokens: float
@@ -239,6 +275,7 @@ class ServerCounters(Record, frozen=True):
     engine_steps: float
     running: float
     waiting: float
+    steps_by_tokens: dict[str, float] = {}
 
 
 class RawEngine(Record, frozen=True):
@@ -349,6 +386,8 @@ class RawTrial(Record, frozen=True):
     teardown: Teardown | None
     numerics: RawNumerics | None
     timeline: list[Stage]
+    strangers: list[Stranger] = []
+    core_speeds: list[CoreSpeed] = []
 
 
 class Manifest(Record, frozen=True):
@@ -417,6 +456,26 @@ class Measurement(Record, frozen=True):
     api_server_cpu_pct: float | None
 
 
+class CurvePoint(Record, frozen=True):
+    """A candidate at one load: requests in flight in total, and what came of them."""
+
+    concurrency: int
+    throughput_tok_per_s: Value
+    ttft_ms: Percentiles | None
+    itl_ms: Percentiles | None
+    e2e_ms: Percentiles | None
+    trial: str
+
+
+class WaterfallStep(Record, frozen=True):
+    """What one change brought by itself: the rate after it over the rate before it. Factors multiply to the gain."""
+
+    step: str
+    change: str
+    factor: Value
+    trials: list[str]
+
+
 class Candidate(Record, frozen=True):
     """One way to run, and what became of it."""
 
@@ -440,6 +499,9 @@ class Candidate(Record, frozen=True):
     cpu_stall_pct: float | None = None
     tokens_per_joule: float | None = None
     limited_by: str | None = None
+    limit_evidence: str | None = None
+    starts: int | None = None
+    curve: list[CurvePoint] = []
     worst_product_error: float | None = None
     worst_logprob_error: float | None = None
     why_not: str | None = None
@@ -476,7 +538,7 @@ class Report(Record, frozen=True):
     protocol: Protocol
     candidates: list[Candidate]
     profile: dict[str, Any] | None
-    waterfall: list[dict[str, Any]] | None
+    waterfall: list[WaterfallStep] | None
     warnings: list[Caution]
     recommendation: Recommendation
     timeline: list[Stage]

@@ -1,0 +1,110 @@
+"""Rates over several starts: who is chosen, what is quoted, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advisor.core.estimate import choosing_rate, estimate, gain, half_width, quoted_log, spread
+from advisor.core.intervals import mean_of_logs
+from advisor.core.records import Measurement, Value
+
+rates = st.lists(st.floats(min_value=10.0, max_value=1e5), min_size=4, max_size=12)
+
+
+def measured(blocks: list[float]) -> Measurement:
+    mean = mean_of_logs(blocks)
+    return Measurement(
+        throughput_tok_per_s=Value(value=statistics.harmonic_mean(blocks)),
+        requests_per_s=1.0,
+        blocks_tok_per_s=blocks,
+        log_mean=mean.log_mean,
+        log_se=mean.log_se,
+        dof=len(blocks) - 1,
+        turnovers=6.0,
+        window_s=15.0,
+        ttft_ms=None,
+        itl_ms=None,
+        e2e_ms=None,
+        sm_active_pct=None,
+        gpu_idle_pct=None,
+        tokens_per_joule=None,
+        power_w=None,
+        load_cpu_pct=None,
+        engine_core_cpu_pct=None,
+        api_server_cpu_pct=None,
+    )
+
+
+def start(level: float, noise: random.Random, block_error: float = 0.005) -> Measurement:
+    return measured([level * math.exp(noise.gauss(0, block_error)) for _ in range(8)])
+
+
+def test_what_chooses_a_candidate_is_no_part_of_what_is_quoted_of_it():
+    lucky = measured([200.0, 100.0, 200.0, 100.0, 200.0, 100.0])
+    assert choosing_rate(lucky) == pytest.approx(200.0)
+    assert math.exp(quoted_log(lucky, first=True)) == pytest.approx(100.0)
+
+
+def test_a_later_start_is_quoted_whole():
+    later = measured([200.0, 100.0, 200.0, 100.0])
+    assert math.exp(quoted_log(later, first=False)) == pytest.approx(statistics.harmonic_mean([200.0, 100.0]))
+
+
+@given(rates)
+def test_a_start_lies_between_its_slowest_and_its_fastest_block(blocks):
+    one = estimate([measured(blocks)], spread([])).value
+    assert min(blocks) * 0.999 <= one.value <= max(blocks) * 1.001
+
+
+@given(rates, rates)
+def test_the_gains_of_two_candidates_over_each_other_multiply_to_one(first, second):
+    a, b = (estimate([measured(blocks)], spread([])) for blocks in (first, second))
+    assert gain(a, b).value * gain(b, a).value == pytest.approx(1.0)
+    assert gain(a, b).low * gain(b, a).high == pytest.approx(1.0)
+
+
+def test_a_machine_whose_starts_differ_widens_every_interval_also_that_of_a_single_start():
+    noise = random.Random(1)
+    alone = [start(1000, noise)]
+    calm = spread([[start(500, noise), start(500, noise)], [start(800, noise), start(801, noise)]])
+    rough = spread([[start(500, noise), start(560, noise)], [start(800, noise), start(720, noise)]])
+    assert half_width(estimate(alone, rough).value) > 4 * half_width(estimate(alone, calm).value)
+
+
+def test_a_second_start_narrows_the_interval():
+    noise = random.Random(2)
+    both = [start(1000, noise), start(1020, noise)]
+    between = spread([both, [start(500, noise), start(510, noise)]])
+    assert half_width(estimate(both, between).value) == pytest.approx(
+        half_width(estimate(both[:1], between).value) / math.sqrt(2), rel=0.01
+    )
+
+
+def test_windows_that_swing_more_than_starts_differ_set_the_error():
+    noise = random.Random(3)
+    rough = [start(1000, noise, 0.2)]
+    calm = spread([[start(500, noise, 1e-4), start(500, noise, 1e-4)]])
+    assert estimate(rough, calm).mean.dof == rough[0].dof
+    assert half_width(estimate(rough, calm).value) > 0.05
+
+
+def test_without_a_second_start_the_blocks_are_all_there_is():
+    assert spread([[start(1000, random.Random(4))]]).dof == 0
+
+
+def test_nine_of_ten_intervals_hold_the_true_gain_when_starts_differ():
+    """Four candidates with two starts each, as a profile has them; start errors 1 %, block errors 1 %."""
+    noise, held, runs = random.Random(5), 0, 600
+    for _ in range(runs):
+        levels = [1000.0, 1500.0, 1800.0, 2200.0]
+        starts = [[start(level * math.exp(noise.gauss(0, 0.01)), noise, 0.01) for _ in range(2)] for level in levels]
+        between = spread(starts)
+        factor = gain(estimate(starts[3], between), estimate(starts[2], between))
+        held += factor.low <= 2200 / 1800 <= factor.high
+    assert 0.86 <= held / runs <= 0.97
