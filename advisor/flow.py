@@ -25,8 +25,12 @@ def profile(
     created: str,
     replayed: bool,
     on_trial: Callable[[Tried], None] = lambda tried: None,
+    finish: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Run the trials that the evidence so far asks for, then conclude from all of them."""
+    """Run the trials that the evidence so far asks for, then conclude from all of them.
+
+    `finish` is called when no more trials come: engines that were kept for another one are then to be ended.
+    """
     tried: list[Tried] = []
     story = search.decide(manifest)
     spec = next(story)
@@ -44,4 +48,12 @@ def profile(
         try:
             spec = story.send(result)
         except StopIteration as end:
-            return conclude(manifest, tried, end.value, created=created, replayed=replayed)
+            finish()
+            complete = [_completed(one, runner) for one in tried]
+            return conclude(manifest, complete, end.value, created=created, replayed=replayed)
+
+
+def _completed(one: Tried, runner: Runner) -> Tried:
+    """A trial as it is on record now: how its engines ended may have been added after it was judged."""
+    raw = runner.run(one.spec)
+    return one if raw is one.raw else judge(raw)

@@ -213,12 +213,13 @@ def _machine_for_plan(selector: str | None) -> tuple[GpuFacts, HostFacts, str]:
 def live(asked: Asked, console: Console) -> Report:
     """Measure on this machine. Everything that can be refused is refused before the first engine starts."""
     from advisor.shell import host, mps
+    from advisor.shell.company import refuse_company
     from advisor.shell.gpu import Nvml
     from advisor.shell.inspect import torch_version, vllm_version
     from advisor.shell.live import Live, refuse_unfit, scratch_directory
     from advisor.shell.lock import GpuLock
+    from advisor.shell.place import Place, default_vllm_command
     from advisor.shell.progress import Progress
-    from advisor.shell.trial import Place, default_vllm_command, refuse_company
 
     model, found = _find_model(asked)
     question = _question(asked, model)
@@ -271,7 +272,9 @@ def live(asked: Asked, console: Console) -> Report:
         )
         console.print(f"recording in {folder.path}", soft_wrap=True, markup=False)
         with Progress(console) as progress, Live(place, folder, progress.say) as runner:
-            report = flow.profile(manifest, runner, created=now(), replayed=False, on_trial=progress.trial)
+            report = flow.profile(
+                manifest, runner, created=now(), replayed=False, on_trial=progress.trial, finish=runner.finish
+            )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     try:

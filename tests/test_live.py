@@ -38,8 +38,10 @@ from advisor.core.vocabulary import build_tokenizer, words_of
 from advisor.shell import engines, hub, mps, processes
 from advisor.shell.gpu import Nvml
 from advisor.shell.live import Live
+from advisor.shell.place import Place
+from advisor.shell.start import Start
 from advisor.shell.store import RunFolder
-from advisor.shell.trial import LoadTrial, Place
+from advisor.shell.trial import LoadTrial
 
 SETTINGS = EngineSettings(
     max_num_batched_tokens=2048,
@@ -77,7 +79,13 @@ class Site:
         return msgspec.structs.replace(spec, protocol=msgspec.structs.replace(spec.protocol, **protocol))
 
     def run(self, engines: int = 1, *, mps: bool = True, say=lambda text: None, **protocol: float) -> RawTrial:
-        return LoadTrial(self.place, self.nvml, self.spec(engines, mps=mps, **protocol), "now", say).run()
+        spec = self.spec(engines, mps=mps, **protocol)
+        start = Start(self.place, self.nvml, spec)
+        try:
+            raw = LoadTrial(start, spec, "now", say).run()
+        finally:
+            ended = start.end(say)
+        return ended.complete(raw)
 
 
 def short(**changes: float) -> Protocol:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from advisor.core import deployment, intervals, numerics
+from advisor.core import deployment, intervals, numerics, validity
 from advisor.core.records import (
     SCHEMA_VERSION,
     Candidate,
@@ -375,8 +375,11 @@ def _is_choice(one: Candidate, recommendation: Recommendation) -> bool:
 def _cautions(manifest: Manifest, tried: Sequence[Tried]) -> list[Caution]:
     """Every caution once, with the trials it was seen in."""
     seen: dict[tuple[str, str], tuple[Caution, list[str]]] = {}
+    # One teardown ends all windows of a start, and stands in the last of them.
+    proven = {one.raw.started for one in tried if one.raw.teardown is not None and one.raw.started is not None}
     for one in tried:
-        for caution in one.cautions:
+        unproven = validity.teardown_cautions(one.raw, proven) if one.measurement is not None else ()
+        for caution in (*one.cautions, *unproven):
             seen.setdefault((caution.code, caution.remedy), (caution, []))[1].append(slug(one.spec))
     cautions = []
     for caution, where in seen.values():
@@ -417,10 +420,13 @@ def _timeline(tried: Sequence[Tried]) -> list[Stage]:
     """Every stage of every trial, one after another, in seconds of profile time (pauses between calls left out)."""
     stages, offset = [], 0.0
     for one in tried:
-        ends = [stage.end_s for stage in one.raw.timeline]
+        starts = [stage.start_s for stage in one.raw.timeline if math.isfinite(stage.start_s)]
+        ends = [stage.end_s for stage in one.raw.timeline if math.isfinite(stage.end_s)]
+        # Windows of one start share a clock: a later one begins where the last one ended, not at zero.
+        shift = offset - (min(starts, default=0.0) if one.raw.started is not None else 0.0)
         stages += [
-            Stage(name=f"{slug(one.spec)}: {stage.name}", start_s=offset + stage.start_s, end_s=offset + stage.end_s)
+            Stage(name=f"{slug(one.spec)}: {stage.name}", start_s=shift + stage.start_s, end_s=shift + stage.end_s)
             for stage in one.raw.timeline
         ]
-        offset += max((end for end in ends if math.isfinite(end)), default=0.0)
+        offset = max([offset, *(shift + end for end in ends)])
     return stages

@@ -6,7 +6,7 @@ Three families, in the order in which data flows:
 * what a Runner takes and gives: `TrialSpec` -> `RawTrial` (raw evidence, never an aggregate)
 * what is concluded: `Measurement` `Candidate` `Recommendation` `Report`
 
-Times inside a trial are seconds on one monotonic clock, from the trial's start.
+Times inside a trial are seconds on one monotonic clock, from the start of its engines (see `RawTrial`).
 """
 
 from __future__ import annotations
@@ -367,7 +367,13 @@ class Stage(Record, frozen=True):
 
 
 class RawTrial(Record, frozen=True):
-    """Everything one trial left behind. `window` is (start, end) of the measured part, None if never reached."""
+    """Everything one trial left behind. `window` is (start, end) of the measured part, None if never reached.
+
+    Several trials may be windows of one start of the engines: `started` names it (when it began), None where every
+    trial had its own. All times count from that beginning, so a later window has later times, and no stage "start
+    engines". How the start was cleared away stands in its last trial: the others have no `teardown`, no such stage,
+    and no exit codes.
+    """
 
     schema_version: int
     spec: TrialSpec
@@ -388,6 +394,7 @@ class RawTrial(Record, frozen=True):
     timeline: list[Stage]
     strangers: list[Stranger] = []
     core_speeds: list[CoreSpeed] = []
+    started: str | None = None
 
 
 class Manifest(Record, frozen=True):

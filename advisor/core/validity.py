@@ -7,7 +7,7 @@ caution leaves it standing. Evidence that should be there and is not is a fault 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from advisor.core.measure import block_edges, cpu_pct, rates_between, tokens_between
 from advisor.core.records import (
@@ -451,7 +451,7 @@ def cautions(raw: RawTrial, measurement: Measurement) -> list[Caution]:
     """What the reader of a trial that counts must know. Meant for trials without faults.
 
     Codes: `throttled` `power_capped` `steal` `preemptions` `coalesced` `load_busy` `unequal_engines`
-    `settings_unverified` `memory_left` `processes_left` `teardown_unproven`.
+    `settings_unverified` `memory_left` `processes_left`. `teardown_cautions` has one more.
     """
     if raw.window is None or raw.spec.workload is None:
         return []
@@ -461,7 +461,7 @@ def cautions(raw: RawTrial, measurement: Measurement) -> list[Caution]:
         *_server_cautions(raw),
         *_unverified(raw),
         *_balance_cautions(raw, raw.spec.workload, raw.window),
-        *_teardown_cautions(raw),
+        *_leftover_cautions(raw),
     ]
 
 
@@ -557,14 +557,19 @@ def _balance_cautions(raw: RawTrial, workload: Workload, window: tuple[float, fl
             )
 
 
-def _teardown_cautions(raw: RawTrial) -> Iterator[Caution]:
-    done = raw.teardown
-    if done is None:
+def teardown_cautions(raw: RawTrial, proven: Set[str]) -> Iterator[Caution]:
+    """What is missing about a trial's end: `teardown_unproven`. `proven` are the starts whose end is on record."""
+    if raw.teardown is None and raw.started not in proven:
         yield Caution(
             code="teardown_unproven",
             text="Nothing was recorded about how the trial was cleared away.",
             remedy="Check with nvidia-smi that no process is left on the GPU.",
         )
+
+
+def _leftover_cautions(raw: RawTrial) -> Iterator[Caution]:
+    done = raw.teardown
+    if done is None:
         return
     if done.left_pids or done.daemon_left:
         left = [f"PID {_list(set(done.left_pids))}"] if done.left_pids else []

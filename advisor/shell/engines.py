@@ -86,7 +86,7 @@ class _Engine:
     counters: list[ServerCounters] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     cache: dict[str, str] = field(default_factory=dict)
-    log_tail: list[str] | None = None
+    log_from: int = 0  # where the log of this window begins
     known: dict[int, Known] = field(default_factory=dict)  # every process of its tree that was ever seen
 
     def log_text(self) -> str:
@@ -101,6 +101,15 @@ class _Engine:
             self.known.setdefault(one.pid, one)
             if self.core is None and _is_core(one):
                 self.core = one
+
+    def requests(self) -> float:
+        """Requests that are running or waiting by vLLM's own count; 0 where it does not tell."""
+        try:
+            status, body = self.request("GET", "/metrics", timeout_s=10.0)
+        except (OSError, http.client.HTTPException):
+            return 0.0
+        counted = _counters(_metrics(body.decode(errors="replace"))[0], 0.0) if status == 200 else None
+        return counted.running + counted.waiting if counted else 0.0
 
     def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
@@ -124,7 +133,7 @@ def _is_core(one: Known) -> bool:
 
 
 class Engines:
-    """The engines of one trial. Times are relative to `origin_s`, a value of `time.monotonic()`."""
+    """The engines of one start. Times are relative to `origin_s`, a value of `time.monotonic()`."""
 
     def __init__(self, launches: Sequence[Launch], origin_s: float, scrub: Mapping[str, str]) -> None:
         self._launches = launches
@@ -166,6 +175,17 @@ class Engines:
                     "timeout", waiting[0].index, f"engine {names} did not answer within {timeout_s:.0f} s of its start"
                 )
             time.sleep(0.2)
+
+    def wait_idle(self, timeout_s: float) -> None:
+        """Wait until no engine has a request left, those of an earlier window included. Raises EngineFailed."""
+        deadline = time.monotonic() + timeout_s
+        for engine in self._engines:
+            while left := engine.requests():
+                self.check()
+                if time.monotonic() > deadline:
+                    late = f"engine {engine.index} still had {left:.0f} requests after {timeout_s:.0f} s without load"
+                    raise EngineFailed("timeout", engine.index, late)
+                time.sleep(0.1)
 
     def check(self) -> None:
         """Raise EngineFailed when an API server or an engine core has died."""
@@ -261,9 +281,17 @@ class Engines:
                     detail = f"engine {engine.index} gave no log-probabilities for a fixed prompt: {error!r}"
                     raise EngineFailed("crash", engine.index, self._clean(detail)) from None
 
-    def raw(self) -> list[RawEngine]:
-        """What is known of every engine, for the record."""
-        return [self._raw(engine) for engine in self._engines]
+    def close_window(self) -> list[RawEngine]:
+        """What is known of every engine, for the record; counters and log lines from now on are the next window's."""
+        found = [self._raw(engine) for engine in self._engines]
+        for engine in self._engines:
+            engine.counters = []
+            engine.log_from = len(engine.log_text())
+        return found
+
+    def exit_codes(self) -> dict[int, int | None]:
+        """How each engine's first process ended; None for one that still runs."""
+        return {engine.index: engine.process.poll() for engine in self._engines}
 
     def _raw(self, engine: _Engine) -> RawEngine:
         text = engine.log_text()
@@ -289,7 +317,7 @@ class Engines:
             prompt_logprobs=engine.logprobs,
             exit_code=engine.process.poll(),
             died_s=engine.died_s,
-            log_tail=self._tail(text) if engine.log_tail is None else engine.log_tail,
+            log_tail=self._tail(text[engine.log_from :]),
         )
 
     def _tail(self, text: str) -> list[str]:
@@ -313,8 +341,6 @@ class Engines:
         """
         for engine in self._engines:
             engine.look()
-            # The last lines of an engine at work say more than those of its orderly end.
-            engine.log_tail = self._tail(engine.log_text())
         steps = []
         everything = [one for engine in self._engines for one in engine.known.values()]
         processes = [engine.process for engine in self._engines]

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from advisor.core import numerics as products
 from advisor.core.errors import Unfit
-from advisor.core.records import SCHEMA_VERSION, MpsEvidence, RawNumerics, RawTrial, Teardown, TrialSpec
+from advisor.core.records import RawTrial, Teardown, TrialSpec
+from advisor.core.starts import same_start
 from advisor.core.tried import key, slug
-from advisor.shell import mps, numerics
+from advisor.shell import mps
 from advisor.shell.clock import now
 from advisor.shell.gpu import Nvml
+from advisor.shell.interrupts import Say, uninterrupted, whole
 from advisor.shell.lock import GpuLock
-from advisor.shell.processes import child_environment
+from advisor.shell.numerics_trial import numerics_trial
+from advisor.shell.place import Place
+from advisor.shell.start import Start
 from advisor.shell.store import RunFolder
-from advisor.shell.trial import Clock, LoadTrial, Place, uninterrupted, whole
-
-NUMERICS_TIMEOUT_S = 240.0
+from advisor.shell.trial import LoadTrial
 
 
 def scratch_directory() -> Path:
@@ -32,13 +31,19 @@ def scratch_directory() -> Path:
 
 
 class Live:
-    """Measures each spec once; what the run folder already holds is not measured again."""
+    """Measures each spec once; what the run folder already holds is not measured again.
+
+    Starting engines takes nearly all of the time. So they are kept after a trial, and serve the next one when that
+    asks for exactly the same engines; otherwise they are ended first. Nothing else may run on the GPU beside them.
+    """
 
     def __init__(self, place: Place, folder: RunFolder, say: Callable[[str], None]) -> None:
         self._place, self._folder, self._say = place, folder, say
         self._recorded = folder.recorded()
-        self._lock = GpuLock(place.manifest.gpu.uuid)
+        self._lock = GpuLock(place.gpu_uuid)
         self._nvml = Nvml()
+        self._start: Start | None = None
+        self._last: tuple[Path, RawTrial] | None = None  # the last trial of this start that is on record
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
@@ -52,14 +57,17 @@ class Live:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._nvml.__exit__(kind, error, trace)
-        self._lock.__exit__(kind, error, trace)
-        shutil.rmtree(self._place.scratch, ignore_errors=True)
+        try:
+            self.finish()
+        finally:
+            self._nvml.__exit__(kind, error, trace)
+            self._lock.__exit__(kind, error, trace)
+            shutil.rmtree(self._place.scratch, ignore_errors=True)
 
     def run(self, spec: TrialSpec) -> RawTrial:
         """The recorded trial, or a fresh one, recorded before it is returned."""
         if found := self._recorded.get(key(spec)):
-            if found.gpu_uuid != self._place.manifest.gpu.uuid:
+            if found.gpu_uuid != self._place.gpu_uuid:
                 raise Unfit(
                     f"trial “{slug(spec)}” was recorded on another GPU ({found.gpu_uuid}); choose another --out"
                 )
@@ -68,95 +76,64 @@ class Live:
         def say(text: str) -> None:
             self._say(f"{slug(spec)}: {text}")
 
+        if self._start is not None and not same_start(self._start.spec, spec):
+            self.finish()
         if spec.kind == "numerics":
-            raw, interrupted = self._numerics(spec, say)
+            self._numerics(spec, say)
         else:
-            trial = LoadTrial(self._place, self._nvml, spec, now(), say)
+            self._load(spec, say)
+        return self._recorded[key(spec)]
+
+    def finish(self) -> None:
+        """End the engines that are kept, if any, and put on record how that went.
+
+        Raises Unfit when something could not be ended, KeyboardInterrupt when somebody asked to stop meanwhile.
+        """
+        with uninterrupted(self._say) as interrupted:
+            start, last = self._start, self._last
+            self._start = self._last = None
+            if start is not None:
+                ended = start.end(self._say)
+                if last is not None:
+                    self._recorded[key(last[1].spec)] = raw = ended.complete(last[1])
+                    self._folder.complete(last[0], raw)
+                _refuse_leftovers(ended.teardown, slug(start.spec if last is None else last[1].spec))
+        if interrupted.asked:
+            raise KeyboardInterrupt
+
+    def _load(self, spec: TrialSpec, say: Say) -> None:
+        try:
+            if self._start is None:
+                self._start = Start(self._place, self._nvml, spec)
+            trial = LoadTrial(self._start, spec, now(), say)
             raw = trial.run()
-            interrupted = trial.interrupted
+            # What is on disk has to be known as this start's last trial, for its end is written there.
+            with whole():
+                path = self._folder.append(raw)
+                self._recorded[key(spec)] = raw
+                self._last = path, raw
+        except BaseException:
+            self.finish()
+            raise
+        if raw.ended != "completed" or trial.interrupted:
+            self.finish()
+        if trial.interrupted:
+            raise KeyboardInterrupt
+
+    def _numerics(self, spec: TrialSpec, say: Say) -> None:
+        raw, interrupted = numerics_trial(self._place, self._nvml, spec, say)
         self._folder.append(raw)
         self._recorded[key(spec)] = raw
-        self._refuse_leftovers(raw)
+        if raw.teardown is not None:
+            _refuse_leftovers(raw.teardown, slug(spec))
         if interrupted:
             raise KeyboardInterrupt
-        return raw
 
-    def _refuse_leftovers(self, raw: RawTrial) -> None:
-        left = raw.teardown
-        if left is not None and (left.left_pids or left.daemon_left):
-            what = f"PID {', '.join(map(str, left.left_pids))}" if left.left_pids else "the MPS daemon"
-            raise Unfit(f"{what} could not be ended after trial “{slug(raw.spec)}”; end it, then go on with --resume")
 
-    def _numerics(self, spec: TrialSpec, say: Callable[[str], None]) -> tuple[RawTrial, bool]:
-        """The model's own matrix products in real MPS clients, one percentage after another.
-
-        The second value says whether somebody asked to stop while the daemon was being ended.
-        """
-        if self._place.control is None or spec.settings is None:
-            raise Unfit("nvidia-cuda-mps-control is not on PATH; install the NVIDIA driver's MPS programs")
-        uuid = self._place.manifest.gpu.uuid
-        clock = Clock()
-        before = self._nvml.memory_used_bytes(uuid)
-        raw: RawNumerics | None = None
-        detail, steps, daemon_left, stop = "", [], False, False
-        clock.stage("check products")
-        daemon: mps.Daemon | None = None
-        try:
-            with whole():
-                directory = Path(tempfile.mkdtemp(prefix="t", dir=self._place.scratch))
-                daemon = mps.Daemon.start(directory, self._place.control, uuid)
-            say(f"checking matrix products at {', '.join(f'{p} %' for p in spec.percentages)}")
-            raw = numerics.check(
-                spec.percentages,
-                products.products(self._place.manifest.model, spec.settings, spec.batch_sizes),
-                daemon.client_environment,
-                child_environment({"CUDA_VISIBLE_DEVICES": uuid}),
-                sys.executable,
-                NUMERICS_TIMEOUT_S,
-                dtype=self._place.manifest.model.dtype,
-            )
-        except mps.MpsQueryError as failure:
-            detail = f"MPS: {failure}"
-        finally:
-            if daemon is not None:
-                with uninterrupted(say) as interrupted:
-                    steps = daemon.quit(20.0)
-                    daemon_left = not daemon.gone()
-                stop = interrupted.asked
-        clock.stage("teardown")
-        deadline = time.monotonic() + 20.0
-        while self._nvml.compute_processes(uuid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        clock.close()
-        raw_trial = RawTrial(
-            schema_version=SCHEMA_VERSION,
-            spec=spec,
-            created=now(),
-            ended="crash" if raw is None else "completed",
-            detail=detail,
-            gpu_uuid=uuid,
-            window=None,
-            engines=[],
-            loads=[],
-            cpu=[],
-            steal_s=None,
-            gpu=None,
-            mps=MpsEvidence(
-                daemon=daemon is not None, servers_start=[], servers_end=[], clients_start=[], clients_end=[]
-            ),
-            foreign_pids=[],
-            teardown=Teardown(
-                seconds=0.0,
-                steps=steps,
-                left_pids=[],
-                daemon_left=daemon_left,
-                memory_before_bytes=before,
-                memory_after_bytes=self._nvml.memory_used_bytes(uuid),
-            ),
-            numerics=raw,
-            timeline=clock.stages,
-        )
-        return raw_trial, stop
+def _refuse_leftovers(left: Teardown, trial: str) -> None:
+    if left.left_pids or left.daemon_left:
+        what = f"PID {', '.join(map(str, left.left_pids))}" if left.left_pids else "the MPS daemon"
+        raise Unfit(f"{what} could not be ended after trial “{trial}”; end it, then go on with --resume")
 
 
 def refuse_unfit(control: Path | None, others: Sequence[mps.ForeignDaemon]) -> None:

@@ -1,5 +1,7 @@
 """Run folders: a manifest and one file per trial, append-only, each written under another name and renamed.
 
+Only the last trial of a start of engines is written twice: how the engines ended is known after it was recorded.
+
     run/manifest.json
     run/trials/000-1-engine-no-mps.json.gz
     run/trials/001-…
@@ -83,16 +85,24 @@ class RunFolder:
         # One more than the last, not their count: somebody may have taken one away to have it measured again.
         number = max((int(path.name[:3]) for path in folder.glob("[0-9][0-9][0-9]-*.json.gz")), default=-1) + 1
         path = folder / f"{number:03d}-{slug(raw.spec)}.json.gz"
-        try:
-            # mtime=0: the same evidence is the same file, byte for byte.
-            write(path, gzip.compress(msgspec.json.encode(raw), compresslevel=9, mtime=0))
-        except OSError as error:
-            raise Unfit(f"cannot record {path}: {error.strerror}; free some space and go on with --resume") from error
+        _record(path, raw)
         return path
+
+    def complete(self, path: Path, raw: RawTrial) -> None:
+        """Write a trial that was appended once more, with what became known after it. The old file stays until then."""
+        _record(path, raw)
 
     def recorded(self) -> dict[str, RawTrial]:
         """Finished trials by the identity of their spec."""
         return {key(raw.spec): raw for raw in self.trials()}
+
+
+def _record(path: Path, raw: RawTrial) -> None:
+    try:
+        # mtime=0: the same evidence is the same file, byte for byte.
+        write(path, gzip.compress(msgspec.json.encode(raw), compresslevel=9, mtime=0))
+    except OSError as error:
+        raise Unfit(f"cannot record {path}: {error.strerror}; free some space and go on with --resume") from error
 
 
 def _unpack(path: Path) -> bytes:

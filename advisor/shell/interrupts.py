@@ -1,0 +1,42 @@
+"""Ctrl-C where it may not take effect at once: processes are started and ended whole."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+Say = Callable[[str], None]
+
+
+class Interrupted:
+    """Whether somebody asked to stop while that could not be done."""
+
+    asked = False
+
+
+@contextmanager
+def uninterrupted(say: Say) -> Iterator[Interrupted]:
+    """Finish cleaning up even when Ctrl-C is pressed or a SIGTERM arrives; the caller looks whether one did."""
+    interrupted = Interrupted()
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        interrupted.asked = True
+        say("still cleaning up the GPU; please wait")
+
+    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Do not stop half-way: a process that nobody has noted yet would be left behind, or a record forgotten."""
+    with uninterrupted(lambda text: None) as interrupted:
+        yield
+    if interrupted.asked:
+        raise KeyboardInterrupt

@@ -1,0 +1,189 @@
+"""One timed window against running engines: load generators, warm-up, window, drain, and what was seen meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
+
+from advisor.core.loads import by_engine
+from advisor.core.records import CpuUse, GpuSamples, MpsEvidence, Protocol, RawLoad, TrialSpec, Workload
+from advisor.core.workload import output_tokens, turnover_tokens
+from advisor.shell.clock import Clock
+from advisor.shell.cpu import cpu_times, cpu_use
+from advisor.shell.engines import SERVED_NAME, EngineFailed
+from advisor.shell.gpu import Sampler
+from advisor.shell.host import steal_s
+from advisor.shell.interrupts import Say, whole
+from advisor.shell.load import Load, deal
+from advisor.shell.processes import child_environment
+from advisor.shell.start import Start
+
+
+@dataclass
+class Seen:
+    """What has been gathered so far; a window that fails half-way keeps what it has."""
+
+    window: tuple[float, float] | None = None
+    loads: list[RawLoad] = field(default_factory=list)
+    cpu: list[CpuUse] = field(default_factory=list)
+    steal_s: float | None = None
+    gpu: GpuSamples | None = None
+    mps: MpsEvidence | None = None
+    foreign: list[int] = field(default_factory=list)
+
+
+class LoadWindow:
+    """`run` it once, and `close` it however that ended: load generators and sampler are this window's own."""
+
+    def __init__(self, start: Start, spec: TrialSpec, clock: Clock, say: Say) -> None:
+        if spec.workload is None or spec.protocol is None:
+            raise ValueError("a load trial needs workload and protocol")
+        self._start, self._spec, self._clock, self._say = start, spec, clock, say
+        self._workload: Workload = spec.workload
+        self._protocol: Protocol = spec.protocol
+        self._load: Load | None = None
+        self._sampler: Sampler | None = None
+        self.seen = Seen()
+
+    def run(self) -> None:
+        """Raises EngineFailed, LoadFailed and MpsQueryError; `seen` then holds what there is."""
+        self._clock.stage("check")
+        self._start.next_window(self._workload, self._protocol.drain_timeout_s)
+        load = self._start_load()
+        self._clock.stage("warm-up")
+        self._warm_up()
+        self._clock.stage("window")
+        self._measure(load)
+        self._clock.stage("drain")
+        parts = load.stop(self.seen.window, self._protocol.drain_timeout_s)
+        self.seen.loads = by_engine(parts, self._spec.engines)
+
+    def close(self) -> None:
+        """End load generators and sampler; whatever goes wrong with them, engines and daemon have to be ended."""
+        if self._load is not None:
+            with suppress(Exception):
+                self._load.abort()
+        if self._sampler is not None:
+            with suppress(Exception):
+                self.seen.gpu = self._sampler.stop()
+        self._clock.close()
+
+    def _start_load(self) -> Load:
+        # Every core for the load gets a generator: one generator is one thread, and may be the limit.
+        jobs = deal(self._start.engines.urls, SERVED_NAME, self._fresh(), len(self._spec.load_cores))
+        directory = self._start.directory / f"window-{self._start.windows}"
+        directory.mkdir()
+        with whole():
+            self._load = Load.start(
+                jobs,
+                tokenizer=self._start.place.tokenizer,
+                directory=directory,
+                bin_s=self._protocol.bin_s,
+                origin_s=self._clock.origin_s,
+                cores=self._spec.load_cores,
+                environment=child_environment({}),
+                drain_timeout_s=self._protocol.drain_timeout_s,
+            )
+        self._load.wait_ready(60.0)
+        self._sampler = Sampler(
+            self._start.place.gpu_uuid,
+            self._clock.origin_s,
+            self._protocol.nvml_interval_s,
+            self._protocol.gpm_interval_s,
+            self._start.place.manifest.gpu.gpm,
+        )
+        self._sampler.start()
+        self._load.go()
+        return self._load
+
+    def _fresh(self) -> Workload:
+        """The workload with a seed of this window's own: the engines still hold the prompts of an earlier one."""
+        return msgspec.structs.replace(self._workload, seed=self._workload.seed + self._start.windows - 1)
+
+    def _warm_up(self) -> None:
+        if self._workload.kind == "decode":
+            wave = self._workload.concurrency * output_tokens(self._workload)
+            enough, least_s = 0.15 * wave, 1.0
+        else:
+            enough = self._protocol.warmup_turnovers * turnover_tokens(self._workload)
+            least_s = self._protocol.warmup_min_s
+        begin = self._clock.now()
+        limit_s = begin + self._protocol.window_max_s
+        for tokens, completed in self._watch():
+            elapsed = self._clock.now() - begin
+            if (tokens >= 1.02 * enough and elapsed >= least_s) or (self._workload.kind == "decode" and completed):
+                return
+            if self._clock.now() > limit_s:
+                raise EngineFailed(
+                    "timeout", 0, f"the warm-up did not get through {enough:.0f} tokens in {limit_s - begin:.0f} s"
+                )
+            self._say(f"warm-up {min(1.0, tokens / max(enough, 1)):.0%}")
+
+    def _measure(self, load: Load) -> None:
+        engines = self._start.engines
+        decode = self._workload.kind == "decode"
+        wave = self._workload.concurrency * output_tokens(self._workload)
+        clients_start, servers_start = self._start.attached()
+        engines.count()
+        cpu_start, steal_start = self._cpu_times(load), steal_s()
+        start = self._clock.now()
+        base = self._tokens()[0]
+        enough = 1.03 * self._protocol.measure_turnovers * turnover_tokens(self._workload)
+        end = start
+        for tokens, completed in self._watch():
+            end = self._clock.now()
+            if decode:
+                if completed or tokens >= 0.93 * wave:
+                    # A completion is noticed up to a tick late: the window ends safely before it.
+                    end = max(end - 0.4, start) if completed else end
+                    break
+            elif tokens - base >= enough and end - start >= self._protocol.measure_min_s:
+                break
+            if end - start >= self._protocol.window_max_s:
+                break
+            rate = (tokens - base) / max(end - start, 1e-6)
+            self._say(f"measuring {min(1.0, (tokens - base) / enough):.0%}, {rate:,.0f} tokens/s")
+        cpu_end, steal_end = self._cpu_times(load), steal_s()
+        self.seen.window = (start, end)
+        engines.count()
+        clients_end, servers_end = self._start.attached()
+        self.seen.foreign = self._start.foreign(servers_start + servers_end)
+        self.seen.steal_s = max(0.0, steal_end - steal_start)
+        self.seen.cpu = cpu_use(cpu_start, cpu_end)
+        self.seen.mps = MpsEvidence(
+            daemon=self._start.daemon_answers(),
+            servers_start=servers_start,
+            servers_end=servers_end,
+            clients_start=clients_start,
+            clients_end=clients_end,
+        )
+
+    def _watch(self) -> Iterator[tuple[int, int]]:
+        """Tokens and completed requests so far, a few times a second, while everything is alive and moving."""
+        last, last_change = -1, self._clock.now()
+        while True:
+            time.sleep(0.1)
+            self._start.engines.check()
+            tokens, completed = self._tokens()
+            now = self._clock.now()
+            if tokens != last:
+                last, last_change = tokens, now
+            elif now - last_change > self._protocol.stall_timeout_s:
+                stalled = f"no token from any engine for {self._protocol.stall_timeout_s:.0f} s"
+                raise EngineFailed("timeout", 0, stalled)
+            yield tokens, completed
+
+    def _tokens(self) -> tuple[int, int]:
+        assert self._load is not None
+        ticks = self._load.progress()
+        for tick in ticks:
+            if tick.gave_up is not None:
+                raise EngineFailed("crash", 0, f"requests keep failing: {tick.gave_up}")
+        return sum(tick.tokens for tick in ticks), sum(tick.completed for tick in ticks)
+
+    def _cpu_times(self, load: Load) -> list[CpuUse]:
+        return cpu_times(self._start.engines, load.pids, self._start.servers())
