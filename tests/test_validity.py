@@ -11,7 +11,7 @@ from raw import changed
 
 from advisor.core.measure import measure
 from advisor.core.records import MpsEvidence, Protocol, Workload
-from advisor.core.validity import cautions, judge
+from advisor.core.validity import cautions, judge, teardown_cautions
 
 TRIAL = raw.trial()
 ALONE = raw.trial(2, mps=False)
@@ -550,11 +550,21 @@ def test_a_decode_wave_is_fair_by_the_requests_that_an_engine_was_dealt():
         ("teardown.left_pids", [77], "processes_left"),
         ("teardown.daemon_left", True, "processes_left"),
         ("teardown.memory_after_bytes", 600 * 2**20, "memory_left"),
-        ("teardown", None, "teardown_unproven"),
     ],
 )
 def test_what_is_left_behind_is_a_caution(path, value, code):
     assert caution_codes(changed(TRIAL, path, value)) == {code}
+
+
+def test_a_trial_without_a_teardown_is_a_caution_unless_another_one_of_its_start_has_it():
+    def codes(started, proven):
+        trial = msgspec.structs.replace(TRIAL, teardown=None, started=started)
+        return [caution.code for caution in teardown_cautions(trial, proven)]
+
+    assert codes(None, {"monday"}) == ["teardown_unproven"]
+    assert codes("monday", {"tuesday"}) == ["teardown_unproven"]
+    assert codes("monday", {"monday", "tuesday"}) == []
+    assert list(teardown_cautions(TRIAL, set())) == []
 
 
 def test_a_little_memory_more_or_an_unknown_amount_is_no_caution():
@@ -565,6 +575,6 @@ def test_a_little_memory_more_or_an_unknown_amount_is_no_caution():
 def test_every_caution_says_what_to_do():
     trial = msgspec.structs.replace(TRIAL, teardown=None, steal_s=100.0)
     trial = changed(trial, "gpu.throttle_reasons", lambda reasons: [0xEC] * len(reasons))
-    found = cautions(trial, measure(trial))
+    found = [*cautions(trial, measure(trial)), *teardown_cautions(trial, set())]
     assert len(found) == 4
     assert all(caution.text.endswith(".") and caution.remedy.endswith(".") for caution in found)

@@ -366,13 +366,21 @@ class Scheduler:
     def __init__(self, config):
         self.config = config
         self.running, self.waiting = [], deque()
-        self.steps = self.generation_tokens = self.prompt_tokens = 0
+        self.steps = self.generation_tokens = self.prompt_tokens = self.prefix_hits = 0
+        self.first_blocks = set()
         self.attached = self.hung = False
         self.wake = asyncio.Event()
 
     def add(self, request):
         self.waiting.append(request)
         self.wake.set()
+
+    def look_up(self, tokens):
+        """Counts a hit when the first block of a prompt is that of an earlier one; nothing is ever thrown out."""
+        block = tuple(tokens[:BLOCK_TOKENS])
+        if self.config.prefix_caching and len(tokens) > BLOCK_TOKENS:
+            self.prefix_hits += BLOCK_TOKENS if block in self.first_blocks else 0
+            self.first_blocks.add(block)
 
     def tokens_per_s(self):
         faults = self.config.faults
@@ -615,6 +623,7 @@ class Server:
         failure = None
         if body.get("stream"):
             self.streamed += 1
+            self.scheduler.look_up(tokens)
             faults = self.config.faults
             number = self.streamed - int(faults.get("spare", 0))
             if faults.get("fail_every") and number > 0 and number % faults["fail_every"] == 0:
@@ -730,7 +739,7 @@ class Server:
             "num_requests_running": len(scheduler.running),
             "num_requests_waiting": len(scheduler.waiting),
             "prefix_cache_queries_total": scheduler.prompt_tokens if config.prefix_caching else 0,
-            "prefix_cache_hits_total": 0,
+            "prefix_cache_hits_total": scheduler.prefix_hits,
             "num_preemptions_total": 0,
             "prompt_tokens_total": scheduler.prompt_tokens,
             "generation_tokens_total": scheduler.generation_tokens,
