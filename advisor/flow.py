@@ -28,7 +28,7 @@ def profile(
 ) -> Report:
     """Run the trials that the evidence so far asks for, then conclude from all of them."""
     tried: list[Tried] = []
-    story = search.decide(manifest)
+    story = search.Search(manifest).story()
     spec = next(story)
     while True:
         try:
