@@ -32,7 +32,7 @@ def profile(
     `finish` is called when no more trials come: engines that were kept for another one are then to be ended.
     """
     tried: list[Tried] = []
-    story = search.decide(manifest)
+    story = search.Search(manifest).story()
     spec = next(story)
     while True:
         try:

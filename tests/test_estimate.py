@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.core.estimate import choosing_rate, estimate, gain, half_width, quoted_log, spread
-from advisor.core.intervals import mean_of_logs
+from advisor.core.estimate import Start, choosing_rate, estimate, gain, half_width, quoted_rate, spread
+from advisor.core.intervals import mean_of_logs, student_t_90
 from advisor.core.records import Measurement, Value
 
 rates = st.lists(st.floats(min_value=10.0, max_value=1e5), min_size=4, max_size=12)
@@ -41,40 +41,51 @@ def measured(blocks: list[float]) -> Measurement:
     )
 
 
-def start(level: float, noise: random.Random, block_error: float = 0.005) -> Measurement:
-    return measured([level * math.exp(noise.gauss(0, block_error)) for _ in range(8)])
+def start(level: float, noise: random.Random, block_error: float = 0.005, *, chose: bool = False) -> Start:
+    return Start(measured([level * math.exp(noise.gauss(0, block_error)) for _ in range(8)]), chose)
+
+
+def alone(blocks: list[float]) -> list[Start]:
+    return [Start(measured(blocks), chose=False)]
 
 
 def test_what_chooses_a_candidate_is_no_part_of_what_is_quoted_of_it():
     lucky = measured([200.0, 100.0, 200.0, 100.0, 200.0, 100.0])
     assert choosing_rate(lucky) == pytest.approx(200.0)
-    assert math.exp(quoted_log(lucky, first=True)) == pytest.approx(100.0)
+    assert quoted_rate(Start(lucky, chose=True)) == pytest.approx(100.0)
 
 
-def test_a_later_start_is_quoted_whole():
+def test_a_start_that_chose_nothing_is_quoted_whole():
     later = measured([200.0, 100.0, 200.0, 100.0])
-    assert math.exp(quoted_log(later, first=False)) == pytest.approx(statistics.harmonic_mean([200.0, 100.0]))
+    assert quoted_rate(Start(later, chose=False)) == pytest.approx(statistics.harmonic_mean([200.0, 100.0]))
+
+
+def test_a_run_without_second_starts_quotes_each_window_with_its_own_interval():
+    blocks = [100.0, 104.0, 98.0, 101.0, 99.0, 103.0]
+    mean = mean_of_logs(blocks)
+    value = estimate(alone(blocks), spread([])).value
+    assert value.high / value.value == pytest.approx(math.exp(student_t_90(5) * mean.log_se))
 
 
 @given(rates)
 def test_a_start_lies_between_its_slowest_and_its_fastest_block(blocks):
-    one = estimate([measured(blocks)], spread([])).value
+    one = estimate(alone(blocks), spread([])).value
     assert min(blocks) * 0.999 <= one.value <= max(blocks) * 1.001
 
 
 @given(rates, rates)
 def test_the_gains_of_two_candidates_over_each_other_multiply_to_one(first, second):
-    a, b = (estimate([measured(blocks)], spread([])) for blocks in (first, second))
+    a, b = (estimate(alone(blocks), spread([])) for blocks in (first, second))
     assert gain(a, b).value * gain(b, a).value == pytest.approx(1.0)
     assert gain(a, b).low * gain(b, a).high == pytest.approx(1.0)
 
 
 def test_a_machine_whose_starts_differ_widens_every_interval_also_that_of_a_single_start():
     noise = random.Random(1)
-    alone = [start(1000, noise)]
+    single = [start(1000, noise)]
     calm = spread([[start(500, noise), start(500, noise)], [start(800, noise), start(801, noise)]])
     rough = spread([[start(500, noise), start(560, noise)], [start(800, noise), start(720, noise)]])
-    assert half_width(estimate(alone, rough).value) > 4 * half_width(estimate(alone, calm).value)
+    assert half_width(estimate(single, rough).value) > 4 * half_width(estimate(single, calm).value)
 
 
 def test_a_second_start_narrows_the_interval():
@@ -90,7 +101,7 @@ def test_windows_that_swing_more_than_starts_differ_set_the_error():
     noise = random.Random(3)
     rough = [start(1000, noise, 0.2)]
     calm = spread([[start(500, noise, 1e-4), start(500, noise, 1e-4)]])
-    assert estimate(rough, calm).mean.dof == rough[0].dof
+    assert estimate(rough, calm).mean.dof == rough[0].measured.dof
     assert half_width(estimate(rough, calm).value) > 0.05
 
 
@@ -103,7 +114,10 @@ def test_nine_of_ten_intervals_hold_the_true_gain_when_starts_differ():
     noise, held, runs = random.Random(5), 0, 600
     for _ in range(runs):
         levels = [1000.0, 1500.0, 1800.0, 2200.0]
-        starts = [[start(level * math.exp(noise.gauss(0, 0.01)), noise, 0.01) for _ in range(2)] for level in levels]
+        starts = [
+            [start(level * math.exp(noise.gauss(0, 0.01)), noise, 0.01, chose=n == 0) for n in range(2)]
+            for level in levels
+        ]
         between = spread(starts)
         factor = gain(estimate(starts[3], between), estimate(starts[2], between))
         held += factor.low <= 2200 / 1800 <= factor.high

@@ -26,7 +26,7 @@ from advisor.core.records import (
     Value,
     Workload,
 )
-from advisor.core.search import decide
+from advisor.core.search import Search
 from advisor.core.tried import Tried
 from advisor.report.plan import as_dict, render
 
@@ -71,7 +71,7 @@ def test_the_plan_tells_the_trials_in_the_order_of_the_search():
 
 def walk(manifest, rates):
     """The trials that the search asks for when N engines under MPS give `rates[N]` and all products are right."""
-    search = decide(manifest)
+    search = Search(manifest).story()
     asked = [next(search)]
     try:
         while True:

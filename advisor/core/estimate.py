@@ -5,8 +5,9 @@ rate is taken from engines that were started more than once, over all candidates
 is a property of the machine and the load rather than of a candidate, and one candidate's two starts alone would
 leave one degree of freedom. Pure.
 
-The best of several candidates was in part lucky. What chooses (`choosing_rate`: every other block of the first
-start) is therefore never part of what is quoted (`quoted_log`: the blocks between them, and later starts whole).
+The best of several candidates was in part lucky. Where candidates are started more than once, what chooses
+(`choosing_rate`: every other block of the first start) is therefore never part of what is quoted (the blocks between
+them, and later starts whole).
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from advisor.core.intervals import LogMean, student_t_90
+from advisor.core.intervals import LogMean, log_ratio, value_of
 from advisor.core.records import Measurement, Value
+
+
+class Start(NamedTuple):
+    """One start of a candidate's engines. `chose`: every other block of its window has chosen between candidates."""
+
+    measured: Measurement
+    chose: bool
 
 
 class Spread(NamedTuple):
@@ -27,83 +35,75 @@ class Spread(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A candidate's rate over its `starts`, on logarithms as in `intervals`."""
+    """A candidate's rate over its starts, on logarithms as in `intervals`. `pooled`: its error is the run's."""
 
     mean: LogMean
-    starts: int
+    pooled: bool
 
     @property
     def value(self) -> Value:
         """Output tokens per second with their 90 % interval."""
-        return _value(self.mean)
+        return value_of(*self.mean)
 
 
 def choosing_rate(measured: Measurement) -> float:
-    """Output tokens per second over the 1st, 3rd, 5th … block: what candidates are chosen by."""
-    return math.exp(_log_rate(measured.blocks_tok_per_s[::2]))
+    """Output tokens per second over the 1st, 3rd, 5th … block."""
+    return _rate(measured.blocks_tok_per_s[::2])
 
 
-def quoted_log(measured: Measurement, *, first: bool) -> float:
-    """Log rate of a start as it is quoted: of the `first` start only the blocks that chose nothing."""
-    return _log_rate(measured.blocks_tok_per_s[1::2] if first else measured.blocks_tok_per_s)
+def quoted_rate(start: Start) -> float:
+    """Output tokens per second of a start as it is quoted."""
+    if not start.chose:
+        return start.measured.throughput_tok_per_s.value
+    return _rate(start.measured.blocks_tok_per_s[1::2])
 
 
-def _log_rate(blocks: Sequence[float]) -> float:
+def _rate(blocks: Sequence[float]) -> float:
     # Blocks hold equal numbers of tokens, not equal times: their common rate is the harmonic mean.
-    return math.log(len(blocks) / math.fsum(1 / rate for rate in blocks))
+    return len(blocks) / math.fsum(1 / rate for rate in blocks)
 
 
-def spread(candidates: Sequence[Sequence[Measurement]]) -> Spread:
+def spread(candidates: Sequence[Sequence[Start]]) -> Spread:
     """The pooled variance between starts of the same candidate, over all candidates started at least twice."""
     squares, dof = 0.0, 0
     for starts in candidates:
-        if len(starts) < 2:
+        logs = [math.log(quoted_rate(one)) for one in starts]
+        if len(logs) < 2:
             continue
-        logs = _logs(starts)
         mean = math.fsum(logs) / len(logs)
         squares += math.fsum((one - mean) ** 2 for one in logs)
         dof += len(logs) - 1
     return Spread(squares / dof if dof else 0.0, dof)
 
 
-def estimate(starts: Sequence[Measurement], between: Spread) -> Estimate:
+def estimate(starts: Sequence[Start], between: Spread) -> Estimate:
     """A candidate's rate from its starts (at least one), with the error that `between` gives.
 
-    Where no candidate was started twice, or where a window's own blocks vary more than starts did, the blocks' error
-    is taken: a start cannot be known better than its window.
+    Where no candidate was started twice, or where the windows' own blocks vary more than starts did, the blocks'
+    error is taken: a start cannot be known better than its window.
     """
-    logs = _logs(starts)
-    within = math.fsum(_within(one, first=index == 0) for index, one in enumerate(starts)) / len(starts)
-    variance, dof = between.variance, between.dof
-    if not dof or within > variance:
-        variance, dof = within, sum(one.dof for one in starts)
-    return Estimate(LogMean(math.fsum(logs) / len(logs), math.sqrt(variance / len(starts)), dof), len(starts))
+    mean = math.fsum(math.log(quoted_rate(one)) for one in starts) / len(starts)
+    within = math.fsum(_within(one) for one in starts) / len(starts)
+    pooled = between.dof > 0 and between.variance >= within
+    variance = between.variance if pooled else within
+    dof = between.dof if pooled else sum(one.measured.dof for one in starts)
+    return Estimate(LogMean(mean, math.sqrt(variance / len(starts)), dof), pooled)
 
 
-def _logs(starts: Sequence[Measurement]) -> list[float]:
-    return [quoted_log(one, first=index == 0) for index, one in enumerate(starts)]
-
-
-def _within(measured: Measurement, *, first: bool) -> float:
+def _within(start: Start) -> float:
     """Squared error of a start's quoted log rate as its blocks show it; fewer blocks, more error."""
-    blocks = len(measured.blocks_tok_per_s)
-    quoted = blocks // 2 if first else blocks
-    return measured.log_se**2 * blocks / quoted
+    blocks = len(start.measured.blocks_tok_per_s)
+    return start.measured.log_se**2 * (blocks / (blocks // 2) if start.chose else 1)
 
 
 def gain(one: Estimate, base: Estimate) -> Value:
     """How many times the base's rate, with its 90 % interval.
 
-    The errors of both mostly come from one pooled variance, so that degrees of freedom do not add up as they do for
-    independent errors (Welch): the smaller number holds.
+    Two errors that both come from the run's pooled variance are one estimate used twice: its degrees of freedom do
+    not add up as they do for independent errors (Welch and Satterthwaite, in `intervals.log_ratio`).
     """
-    error = math.hypot(one.mean.log_se, base.mean.log_se)
-    return _value(LogMean(one.mean.log_mean - base.mean.log_mean, error, min(one.mean.dof, base.mean.dof)))
-
-
-def _value(mean: LogMean) -> Value:
-    middle, factor = math.exp(mean.log_mean), math.exp(student_t_90(mean.dof) * mean.log_se)
-    return Value(value=middle, low=middle / factor, high=middle * factor)
+    ratio = log_ratio(one.mean, base.mean)
+    return value_of(ratio.log_mean, ratio.log_se, one.mean.dof if one.pooled and base.pooled else ratio.dof)
 
 
 def half_width(value: Value) -> float:

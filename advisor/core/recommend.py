@@ -7,41 +7,43 @@ from collections.abc import Sequence
 
 import msgspec
 
-from advisor.core import deployment, intervals, numerics, validity
+from advisor.core import deployment, slo
+from advisor.core.candidates import Field, left_out, row
+from advisor.core.contenders import Contender, contenders, judge_logprobs
+from advisor.core.estimate import gain, half_width
 from advisor.core.records import (
     SCHEMA_VERSION,
     Candidate,
-    Caution,
     Manifest,
-    Measurement,
-    Outcome,
     Recommendation,
     Report,
     Stage,
     Value,
 )
-from advisor.core.search import LeftOut
+from advisor.core.run_cautions import cautions
+from advisor.core.search import Outline
 from advisor.core.tried import Tried, slug
+from advisor.core.waterfall import waterfall
+from advisor.core.wording import because, name, rival_missing, sentence, times
 
 # Candidates within 3 % of the best are as good; the simplest of them is advised.
 AS_GOOD = 1.03
 # An interval that straddles the threshold and is wider than this decides nothing.
 TOO_WIDE = 0.03
+# Nor does one that cannot tell two candidates apart and is wider than this.
+TOO_WIDE_TO_TIE = 0.05
 
 
-def conclude(
-    manifest: Manifest, tried: Sequence[Tried], left_out: Sequence[LeftOut], *, created: str, replayed: bool
-) -> Report:
+def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, created: str, replayed: bool) -> Report:
     """The whole report, from judged trials alone."""
-    loads = _judge_logprobs(_last_attempts(tried))
+    asked = manifest.question
+    loads = judge_logprobs([one for one in tried if one.spec.kind == "load"])
     checks = [one for one in tried if one.spec.kind == "numerics"]
-    default = _find(loads, engines=1, mps=False)
-    best_without = max((one for one in loads if one.ok and not one.spec.mps), key=lambda one: one.rate, default=None)
-
-    candidates = [_candidate(manifest, one, default, best_without, checks) for one in loads]
-    candidates += [_left_out(manifest, one, checks) for one in left_out]
-    recommendation = _recommend(manifest, candidates, default)
-    candidates = [_explain(one, recommendation, candidates) for one in candidates]
+    field = Field(manifest, outline, contenders(loads, outline.concurrency, asked.slo))
+    rows = [(one, row(field, one, checks)) for one in field.all]
+    missing = [left_out(manifest, one, checks) for one in outline.left_out]
+    choice, recommendation = _recommend(field, rows, missing)
+    chosen = next((candidate for one, candidate in rows if one is choice), None)
     return Report(
         schema_version=SCHEMA_VERSION,
         created=created,
@@ -50,134 +52,19 @@ def conclude(
         gpu=manifest.gpu,
         host=manifest.host,
         software=manifest.software,
-        workload=manifest.question.workload,
+        workload=msgspec.structs.replace(asked.workload, concurrency=outline.concurrency),
         protocol=manifest.protocol,
-        candidates=candidates,
+        candidates=[_explain(one, candidate, field, choice, chosen) for one, candidate in rows] + missing,
         profile=None,
-        waterfall=None,
-        warnings=_cautions(manifest, tried),
+        waterfall=waterfall(field.default, field.tuned, field.all, choice),
+        warnings=cautions(field, tried),
         recommendation=recommendation,
         timeline=_timeline(tried),
-        question=manifest.question,
+        question=asked,
     )
 
 
-def _last_attempts(tried: Sequence[Tried]) -> list[Tried]:
-    """The load trials, without those that were rejected and run once more."""
-    loads = [one for one in tried if one.spec.kind == "load"]
-    last = {_configuration(one): one for one in loads}
-    return [one for one in loads if last[_configuration(one)] is one]
-
-
-def _configuration(one: Tried) -> tuple[int, bool, int | None]:
-    return one.spec.engines, one.spec.mps, one.spec.thread_percentage
-
-
-def _find(loads: Sequence[Tried], *, engines: int, mps: bool) -> Tried | None:
-    for one in loads:
-        if one.ok and one.spec.engines == engines and one.spec.mps == mps and one.spec.thread_percentage is None:
-            return one
-    return None
-
-
-def _judge_logprobs(loads: Sequence[Tried]) -> list[Tried]:
-    """A restricted engine has to give the log-probabilities that unrestricted engines give."""
-    judged = []
-    for one in loads:
-        if one.ok and one.spec.thread_percentage is not None:
-            reference = _find(loads, engines=one.spec.engines, mps=True)
-            verdict = numerics.judge_logprobs(
-                [engine.prompt_logprobs for engine in one.raw.engines],
-                [engine.prompt_logprobs for engine in reference.raw.engines] if reference else [],
-            )
-            if not verdict.ok:
-                # Where nothing could be compared, nothing was shown to be wrong.
-                outcome: Outcome = "skipped" if verdict.worst_error is None else "wrong_results"
-                why = verdict.why or ""
-                judged.append(msgspec.structs.replace(one, outcome=outcome, measurement=None, why=why))
-                continue
-        judged.append(one)
-    return judged
-
-
-def _gain(one: Measurement | None, base: Tried | None) -> Value | None:
-    if one is None or base is None or base.measurement is None:
-        return None
-    if one is base.measurement:
-        return Value(value=1.0, low=1.0, high=1.0)
-    interval = intervals.ratio(one.log_mean, one.log_se, one.dof, *_log(base.measurement))
-    # The central value is the ratio of the quoted rates, so that a reader can check it.
-    value = one.throughput_tok_per_s.value / base.measurement.throughput_tok_per_s.value
-    if interval.low is None or interval.high is None:
-        return Value(value=value)
-    return Value(value=value, low=value * interval.low / interval.value, high=value * interval.high / interval.value)
-
-
-def _log(measurement: Measurement) -> tuple[float, float, int]:
-    return measurement.log_mean, measurement.log_se, measurement.dof
-
-
-def _candidate(
-    manifest: Manifest, one: Tried, default: Tried | None, best_without: Tried | None, checks: Sequence[Tried]
-) -> Candidate:
-    spec, measured = one.spec, one.measurement
-    percentage = spec.thread_percentage
-    error, sms = _numerics_of(checks, percentage)
-    return Candidate(
-        engines=spec.engines,
-        mps=spec.mps,
-        thread_percentages=None if percentage is None else [percentage] * spec.engines,
-        sms_each=manifest.gpu.sms if percentage is None else sms,
-        settings=spec.settings,
-        outcome=one.outcome,
-        source="measured",
-        throughput_tok_per_s=measured.throughput_tok_per_s if measured else None,
-        requests_per_s=measured.requests_per_s if measured else None,
-        ttft_ms=measured.ttft_ms if measured else None,
-        itl_ms=measured.itl_ms if measured else None,
-        e2e_ms=measured.e2e_ms if measured else None,
-        gain_vs_default=_gain(measured, default),
-        gain_vs_best_without_mps=_gain(measured, best_without),
-        sm_active_pct=measured.sm_active_pct if measured else None,
-        gpu_idle_pct=measured.gpu_idle_pct if measured else None,
-        tokens_per_joule=measured.tokens_per_joule if measured else None,
-        worst_product_error=error,
-        why_not=one.why or None,
-        trial=slug(spec),
-    )
-
-
-def _numerics_of(checks: Sequence[Tried], percentage: int | None) -> tuple[float | None, int | None]:
-    """The worst product error and the SMs that the check saw at a percentage, None where not checked."""
-    if percentage is None:
-        return None, None
-    for check in checks:
-        raw = check.raw.numerics
-        if raw is not None:
-            errors = [r.worst_error for r in raw.results if r.percentage == percentage]
-            return _finite(max(errors, default=None)), numerics.sms_at(raw, percentage)
-    return None, None
-
-
-def _finite(error: float | None) -> float | None:
-    """An error, or None where the result was not even finite: there is no figure for that."""
-    return None if error is None or error >= numerics.NOT_FINITE else error
-
-
-def _left_out(manifest: Manifest, one: LeftOut, checks: Sequence[Tried]) -> Candidate:
-    percentage = one.thread_percentage
-    error, sms = _numerics_of(checks, percentage)
-    return Candidate(
-        engines=one.engines,
-        mps=one.mps,
-        thread_percentages=None if percentage is None else [percentage] * one.engines,
-        sms_each=manifest.gpu.sms if percentage is None else sms,
-        settings=None,
-        outcome=one.outcome,
-        source="measured" if one.outcome == "wrong_results" else None,
-        worst_product_error=_finite(error if one.worst_product_error is None else one.worst_product_error),
-        why_not=one.why,
-    )
+Row = tuple[Contender, Candidate]
 
 
 def _simplicity(one: Candidate) -> tuple[bool, int, bool]:
@@ -189,52 +76,96 @@ def _rate(one: Candidate) -> float:
     return one.throughput_tok_per_s.value if one.throughput_tok_per_s else 0.0
 
 
-def _recommend(manifest: Manifest, candidates: Sequence[Candidate], default: Tried | None) -> Recommendation:
-    if default is None:
-        return Recommendation(
-            status="inconclusive",
-            sentence="No verdict: the default engine has no valid trial, so there is nothing to compare with.",
-        )
+def _recommend(
+    field: Field, rows: Sequence[Row], missing: Sequence[Candidate]
+) -> tuple[Contender | None, Recommendation]:
+    manifest = field.manifest
+    candidates = [*(candidate for _, candidate in rows), *missing]
+    if field.default is None:
+        return None, _inconclusive("the default engine has no valid trial, so there is nothing to compare with")
+    if why := _not_comparable(field, candidates):
+        return None, _inconclusive(why)
     threshold = 1.0 + manifest.question.min_gain
-    # One engine under MPS shows what MPS costs; it is not a way to run.
-    ok = [one for one in candidates if one.outcome == "ok" and not (one.mps and one.engines == 1)]
-    if missing := _not_comparable(candidates):
-        return Recommendation(status="inconclusive", sentence=f"No verdict: {missing}.")
-    allowed = [one for one in ok if not one.mps or _clears(one, threshold)]
-    best = max(allowed, key=_rate)
-    choice = min((one for one in allowed if _rate(one) * AS_GOOD >= _rate(best)), key=_simplicity)
-    undecided = [one for one in ok if one.mps and not choice.mps and _undecided(one, threshold)]
+    running = [(one, candidate) for one, candidate in rows if one.ok and field.eligible(one)]
+    if not running:
+        return None, _no_slo(field, rows)
+    # Where nothing without MPS meets the objectives, MPS has no gain to show and none to fall short of.
+    alone = field.best_without is None
+    allowed = [(one, row) for one, row in running if not one.mps or alone or _clears(row, threshold)]
+    best, best_row = max(allowed, key=lambda pair: pair[0].rate)
+    choice, chosen = best, best_row
+    for one, candidate in sorted(allowed, key=lambda pair: _simplicity(pair[1])):
+        if _simplicity(candidate) >= _simplicity(best_row):
+            break
+        behind = _gain_over(best, one)
+        if behind.value <= AS_GOOD or _tie(behind):
+            choice, chosen = one, candidate
+            break
+        if behind.low is not None and behind.low <= 1.0:
+            return None, _inconclusive(
+                f"{name(field, best_row)} gives {times(behind)} {name(field, candidate)}, "
+                "too uncertain to say which is faster"
+            )
+    undecided = [row for one, row in running if one.mps and not choice.mps and _undecided(row, threshold)]
     if undecided:
         worst = max(undecided, key=_rate)
-        return Recommendation(
-            status="inconclusive",
-            sentence=(
-                f"No verdict: {_name(worst)} gives {_times(worst.gain_vs_best_without_mps)} the best without MPS, "
-                f"too uncertain to say whether it reaches {threshold:.2f}×."
-            ),
+        return None, _inconclusive(
+            f"{name(field, worst)} gives {times(worst.gain_vs_best_without_mps)} the best without MPS, "
+            f"too uncertain to say whether it reaches {threshold:.2f}×"
         )
-    return Recommendation(
+    ok = [candidate for _, candidate in running]
+    return choice, Recommendation(
         status="recommend",
-        engines=choice.engines,
-        mps=choice.mps,
-        thread_percentages=choice.thread_percentages,
-        settings=choice.settings,
-        gain_vs_default=choice.gain_vs_default,
-        gain_vs_tuned=choice.gain_vs_tuned,
-        gain_vs_best_without_mps=choice.gain_vs_best_without_mps,
-        sentence=_sentence(choice, ok, threshold) + _rival_missing(choice, candidates),
-        because=_because(choice, candidates, threshold),
-        cost_of_mps=deployment.COST_OF_MPS if choice.mps else [],
-        environment=deployment.environment(manifest, choice),
-        commands=deployment.commands(manifest, choice),
+        engines=chosen.engines,
+        mps=chosen.mps,
+        thread_percentages=chosen.thread_percentages,
+        settings=chosen.settings,
+        gain_vs_default=chosen.gain_vs_default,
+        gain_vs_tuned=chosen.gain_vs_tuned,
+        gain_vs_best_without_mps=chosen.gain_vs_best_without_mps,
+        sentence=sentence(field, chosen, ok, threshold) + rival_missing(field, chosen, candidates),
+        because=because(field, chosen, ok, threshold),
+        cost_of_mps=deployment.COST_OF_MPS if chosen.mps else [],
+        environment=deployment.environment(manifest, chosen),
+        commands=deployment.commands(manifest, chosen),
     )
+
+
+def _inconclusive(why: str) -> Recommendation:
+    return Recommendation(status="inconclusive", sentence=f"No verdict: {why}.")
+
+
+def _no_slo(field: Field, rows: Sequence[Row]) -> Recommendation:
+    """Nothing meets the objectives: name what comes nearest, and by how much it misses."""
+    objectives = field.manifest.question.slo
+    nearest = [(slo.worst(one.nearest, objectives), one.nearest, row) for one, row in rows if one.nearest]
+    if not objectives or not nearest:
+        return _inconclusive("no candidate that could be advised has a valid trial")
+    (_, objective), point, candidate = min(nearest, key=lambda one: one[0][0])
+    return Recommendation(
+        status="no_slo",
+        sentence=(
+            f"Nothing meets {slo.shown(objectives)}. The nearest is {name(field, candidate)} with {point.concurrency} "
+            f"requests in flight: {slo.told(point, objective)}."
+        ),
+    )
+
+
+def _gain_over(one: Contender, other: Contender) -> Value:
+    assert one.estimate is not None and other.estimate is not None
+    return gain(one.estimate, other.estimate)
+
+
+def _tie(behind: Value) -> bool:
+    """Whether two rates cannot be told apart although both are known well."""
+    return behind.low is not None and behind.low <= 1.0 and half_width(behind) <= TOO_WIDE_TO_TIE
 
 
 # Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
 _ACCIDENTS = ("crash", "timeout", "invalid", "not_attached")
 
 
-def _not_comparable(candidates: Sequence[Candidate]) -> str:
+def _not_comparable(field: Field, candidates: Sequence[Candidate]) -> str:
     """Which side of the comparison is missing by accident; empty when both sides were measured or cannot be.
 
     A verdict for or against MPS needs several engines without it and several engines under it.
@@ -243,177 +174,48 @@ def _not_comparable(candidates: Sequence[Candidate]) -> str:
         several = [one for one in candidates if one.engines > 1 and one.mps == mps and one.thread_percentages is None]
         failed = [one for one in several if one.outcome in _ACCIDENTS]
         if failed and not any(one.outcome == "ok" for one in several):
-            return f"no trial of several engines {side} succeeded ({_name(failed[0])}: {failed[0].why_not})"
-    return ""
-
-
-def _rival_missing(choice: Candidate, candidates: Sequence[Candidate]) -> str:
-    """A note for the sentence when as many engines without MPS could not be measured."""
-    for one in candidates:
-        same = one.engines == choice.engines and not one.mps and one.outcome in _ACCIDENTS
-        if same and choice.mps:
-            return f" {_name(one)} could not be measured ({one.outcome.replace('_', ' ')})."
+            return f"no trial of several engines {side} succeeded ({name(field, failed[0])}: {failed[0].why_not})"
     return ""
 
 
 def _clears(one: Candidate, threshold: float) -> bool:
-    gain = one.gain_vs_best_without_mps
-    return gain is not None and gain.low is not None and gain.low >= threshold
+    gained = one.gain_vs_best_without_mps
+    return gained is not None and gained.low is not None and gained.low >= threshold
 
 
 def _undecided(one: Candidate, threshold: float) -> bool:
     """Whether a gain straddles the threshold by an interval too wide to decide from."""
-    gain = one.gain_vs_best_without_mps
-    if gain is None or gain.low is None or gain.high is None:
+    gained = one.gain_vs_best_without_mps
+    if gained is None or gained.low is None or gained.high is None:
         return False
-    return gain.low < threshold <= gain.high and (gain.high - gain.low) / 2 / gain.value > TOO_WIDE
+    return gained.low < threshold <= gained.high and half_width(gained) > TOO_WIDE
 
 
-def _name(one: Candidate) -> str:
-    text = f"{one.engines} engine" + ("s" if one.engines > 1 else "")
-    if one.mps:
-        text += " under MPS"
-        if one.thread_percentages:
-            text += f" at {one.thread_percentages[0]} % of the threads each"
-    elif one.engines > 1:
-        text += " without MPS"
-    return text
-
-
-def _times(gain: Value | None) -> str:
-    if gain is None:
-        return "–"
-    if gain.low is None or gain.high is None:
-        return f"{gain.value:.2f}×"
-    return f"{gain.value:.2f}× ({gain.low:.2f} to {gain.high:.2f})"
-
-
-def _best_mps(ok: Sequence[Candidate]) -> Candidate | None:
-    """The fastest of several engines under MPS; one engine under MPS shows what MPS costs, and is no rival."""
-    return max((one for one in ok if one.mps and one.engines > 1), key=_rate, default=None)
-
-
-def _sentence(choice: Candidate, ok: Sequence[Candidate], threshold: float) -> str:
-    if choice.mps:
-        share = (
-            f"{choice.thread_percentages[0]} % of the threads each"
-            if choice.thread_percentages
-            else "no thread percentage"
-        )
-        return (
-            f"Run {choice.engines} engine{'s' if choice.engines > 1 else ''} under MPS, {share}: "
-            f"{_times(choice.gain_vs_default)} one engine, {_times(choice.gain_vs_best_without_mps)} without MPS."
-        )
-    rival = _best_mps(ok)
-    against = ""
-    if rival is not None:
-        against = f" MPS brings {_times(rival.gain_vs_best_without_mps)} at best; {threshold:.2f}× is asked."
-    if choice.engines == 1:
-        return f"Run 1 engine, leave MPS alone.{against}"
-    return f"Run {choice.engines} engines without MPS: {_times(choice.gain_vs_default)} one engine.{against}"
-
-
-def _because(choice: Candidate, candidates: Sequence[Candidate], threshold: float) -> list[str]:
-    """Reasons made only of figures that stand in the candidates."""
-    reasons = []
-    ok = [one for one in candidates if one.outcome == "ok"]
-    without = [one for one in ok if not one.mps]
-    best_without = max(without, key=_rate)
-    rival = _best_mps(ok)
-    if choice.mps:
-        reasons.append(
-            f"{_name(choice)}: {_rate(choice):,.0f} tokens/s; the best without MPS is {_name(best_without)} "
-            f"with {_rate(best_without):,.0f}."
-        )
-        if best_without.engines > 1:
-            reasons.append(
-                f"Of the gain over one engine, {_times(best_without.gain_vs_default)} needs no MPS, "
-                f"only {best_without.engines} engines."
-            )
-    elif rival is not None:
-        gain = rival.gain_vs_best_without_mps
-        reached = gain is not None and gain.value >= threshold
-        reasons.append(
-            f"{_name(rival)} gives {_times(gain)} the best without MPS, {_name(best_without)}"
-            + (", and its lower bound stays" if reached else "; that is")
-            + f" under {threshold:.2f}×."
-        )
-    alone = next((one for one in ok if one.mps and one.engines == 1), None)
-    if alone is not None and alone.gain_vs_default is not None:
-        reasons.append(f"MPS itself, with one engine: {_times(alone.gain_vs_default)} the same engine without it.")
-    return reasons
-
-
-def _explain(one: Candidate, recommendation: Recommendation, candidates: Sequence[Candidate]) -> Candidate:
+def _explain(
+    one: Contender, candidate: Candidate, field: Field, choice: Contender | None, chosen: Candidate | None
+) -> Candidate:
     """Say why a candidate that worked was not chosen."""
-    if one.outcome != "ok" or recommendation.status != "recommend":
-        return one
-    chosen = next(other for other in candidates if _is_choice(other, recommendation))
-    if one is chosen:
-        return one
-    ratio = _rate(one) / _rate(chosen)
+    if candidate.outcome != "ok" or choice is None or chosen is None or one is choice:
+        return candidate
+    if not one.ok:
+        objectives = field.manifest.question.slo
+        assert one.nearest is not None
+        why = (
+            f"meets {slo.shown(objectives)} at no load: {slo.told(one.nearest, slo.worst(one.nearest, objectives)[1])}"
+        )
+        return msgspec.structs.replace(candidate, why_not=why)
+    ratio = 1 / _gain_over(choice, one).value
     if ratio < 1 / AS_GOOD:
         why = f"{(1 - ratio) * 100:.0f} % slower than what is advised"
-    elif _simplicity(one) > _simplicity(chosen) and ratio <= AS_GOOD:
+    elif not field.eligible(one):
+        why = "shows what MPS itself costs" if one.mps else "brought less than 3 % over the settings it was tried on"
+    elif _simplicity(candidate) > _simplicity(chosen) and ratio <= AS_GOOD:
         why = "no more than 3 % faster than what is advised, and less simple"
-    elif one.mps and not chosen.mps:
+    elif one.mps and not choice.mps:
         why = "its gain over the best without MPS does not clear --min-gain"
     else:
-        why = "within 3 % of what is advised"
-    return msgspec.structs.replace(one, why_not=why)
-
-
-def _is_choice(one: Candidate, recommendation: Recommendation) -> bool:
-    return (
-        one.outcome == "ok"
-        and one.engines == recommendation.engines
-        and one.mps == recommendation.mps
-        and one.thread_percentages == recommendation.thread_percentages
-    )
-
-
-def _cautions(manifest: Manifest, tried: Sequence[Tried]) -> list[Caution]:
-    """Every caution once, with the trials it was seen in."""
-    seen: dict[tuple[str, str], tuple[Caution, list[str]]] = {}
-    # One teardown ends all windows of a start, and stands in the last of them.
-    proven = {one.raw.started for one in tried if one.raw.teardown is not None and one.raw.started is not None}
-    for one in tried:
-        unproven = validity.teardown_cautions(one.raw, proven) if one.measurement is not None else ()
-        for caution in (*one.cautions, *unproven):
-            seen.setdefault((caution.code, caution.remedy), (caution, []))[1].append(slug(one.spec))
-    cautions = []
-    for caution, where in seen.values():
-        more = f" (and {len(where) - 1} more trials)" if len(where) > 1 else ""
-        cautions.append(Caution(code=caution.code, text=f"{where[0]}{more}: {caution.text}", remedy=caution.remedy))
-    last = _last_attempts(tried)
-    cautions += [
-        Caution(
-            code="not_measured",
-            text=f"{slug(one.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was reached "
-            "without it.",
-            remedy="Look at why, then measure again with another --out.",
-        )
-        for one in last
-        if one.outcome in ("crash", "timeout", "invalid", "not_attached")
-    ]
-    cautions += [
-        Caution(
-            code="repeated",
-            text=f"{slug(one.spec)} was run once more: {one.why}",
-            remedy="Nothing, when it stays a rarity; else keep other work off this machine.",
-        )
-        for one in tried
-        if one.spec.kind == "load" and one not in last
-    ]
-    if manifest.model.weights == "dummy":
-        cautions.append(
-            Caution(
-                code="dummy_weights",
-                text="Weights are dummies of the right shape: speed is measured, the texts mean nothing.",
-                remedy="Download the model first to measure with its own weights and tokenizer.",
-            )
-        )
-    return cautions
+        why = "cannot be told apart from what is advised"
+    return msgspec.structs.replace(candidate, why_not=why)
 
 
 def _timeline(tried: Sequence[Tried]) -> list[Stage]:

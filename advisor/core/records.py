@@ -193,6 +193,7 @@ class TrialSpec(Record, frozen=True):
     percentages: list[int] = []
     batch_sizes: list[int] = []
     repeat: int = 0
+    label: str = ""  # what sets it apart in file names; no part of its identity
 
 
 class LogHistogram(Record, frozen=True):

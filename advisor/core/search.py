@@ -1,22 +1,26 @@
 """Which trial to run next, and when to stop. Pure: decided from the question and from what has been measured.
 
-`decide` is a generator that tells the whole story in order. It yields a `TrialSpec`, is sent the judged trial,
-and returns what it left out and why. A live run, a resumed run and a replay all walk the same generator.
+`Search.story` is a generator that tells the whole profile in order. It yields a `TrialSpec`, is sent the judged trial,
+and returns the `Outline` of what it did. A live run, a resumed run and a replay all walk the same generator; which of
+its chapters there are stands in the manifest's protocol, so that older recorded runs are walked as they were made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import msgspec
 
-from advisor.core import cores, memory, numerics, settings
+from advisor.core import cores, memory, numerics, settings, tuning
 from advisor.core.records import EngineSettings, Manifest, Outcome, Record, TrialSpec
-from advisor.core.tried import Tried
+from advisor.core.tried import Tried, candidate, key
 from advisor.core.workload import as_served
 
-# Another engine has to add this much to be worth trying one more.
-WORTH_ANOTHER = 1.03
+# Another engine, or another setting, has to add this much to be worth it.
+WORTH_IT = 1.03
+# Another doubling of the load has to add this much (`--concurrency auto`).
+STILL_GROWS = 1.05
+LEAST_LOAD, MOST_LOAD, LOADS_OF_ONE_START = 32, 4096, 512
 # MPS plans with 48 clients at most; one engine is one client.
 MPS_CLIENTS = 48
 
@@ -30,107 +34,255 @@ class LeftOut(Record, frozen=True):
     outcome: Outcome
     why: str
     worst_product_error: float | None = None
+    settings: EngineSettings | None = None
 
 
-Search = Generator[TrialSpec, Tried, list[LeftOut]]
+class Outline(Record, frozen=True):
+    """What a finished search found on its way: the full load, the best single engine, and what was not run."""
+
+    concurrency: int
+    tuned: EngineSettings
+    left_out: list[LeftOut]
 
 
-def decide(manifest: Manifest) -> Search:
-    """Walk the candidates in order: default, 2 without MPS, 2, 3, 4 … under MPS, then the winner's variants."""
-    left_out: list[LeftOut] = []
-    default = yield from _measured(load_spec(manifest, 1, mps=False))
-
-    without_mps: set[int] = set()
-    if refusal := _refusal(manifest, 2):
-        left_out += [
-            LeftOut(engines=2, mps=mps, thread_percentage=None, outcome=refusal[0], why=refusal[1])
-            for mps in (False, True)
-        ]
-    else:
-        yield from _measured(load_spec(manifest, 2, mps=False))
-        without_mps.add(2)
-
-        under_mps = yield from _grow(manifest, default.rate, left_out)
-        winner = simplest_best(under_mps)
-        if winner is not None:
-            engines = winner.spec.engines
-            if engines not in without_mps:
-                yield from _measured(load_spec(manifest, engines, mps=False))
-            yield from _thread_percentages(manifest, winner, left_out)
-
-    # What MPS itself costs. Last, because no verdict waits for it.
-    yield from _measured(load_spec(manifest, 1, mps=True))
-    return left_out
+Told = Generator[TrialSpec, Tried, Tried]
+Chapter = Generator[TrialSpec, Tried, None]
 
 
-def _measured(spec: TrialSpec) -> Generator[TrialSpec, Tried, Tried]:
-    """One trial, and once more when it failed by what may have been an accident.
+class Search:
+    """One profile's way through its candidates."""
 
-    An engine that was killed, a port that two engines chose, a disturbance that made the evidence worthless: the
-    candidate is not to blame, and a verdict needs it. Too little memory is no accident.
-    """
-    result = yield spec
-    if result.outcome in ("invalid", "crash", "timeout", "not_attached"):
-        result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
-    return result
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._protocol = manifest.protocol
+        self._tuned = manifest.settings
+        self._single: Tried | None = None  # the tuned engine's first start at full load
+        self._left_out: list[LeftOut] = []
+        self._results: dict[str, Tried] = {}  # by trial
+        self._best: dict[bool, Tried] = {}  # the fastest of several engines, by whether under MPS
 
+    def story(self) -> Generator[TrialSpec, Tried, Outline]:
+        """default · tuning · 2 without MPS · 2, 3, 4 … under MPS · the winner's variants · second starts, in order."""
+        default = yield from self._measured(self._spec(1, mps=False))
+        self._single = default
+        if self._protocol.tune:
+            yield from self._tune(default)
+        if self._manifest.question.concurrency_auto:
+            yield from self._find_load()
+            default = yield from self._measured(self._spec(1, mps=False, base=self._manifest.settings))
+            self._single = yield from self._measured(self._spec(1, mps=False))
+        yield from self._several(self._single.rate)
+        # What MPS itself costs: no verdict waits for it.
+        yield from self._measured(self._spec(1, mps=True))
+        yield from self._again(default)
+        return Outline(concurrency=self._concurrency, tuned=self._tuned, left_out=self._left_out)
 
-def _grow(manifest: Manifest, one_engine: float, left_out: list[LeftOut]) -> Generator[TrialSpec, Tried, list[Tried]]:
-    """2, 3, 4 … engines under MPS until another one adds too little, fails for lack of room, or cannot be placed.
+    @property
+    def _concurrency(self) -> int:
+        return self._manifest.question.workload.concurrency
 
-    `one_engine` is the default engine's rate in tokens/s, which the second engine has to beat; 0.0 if unknown.
-    """
-    tried: list[Tried] = []
-    best, failures, engines = one_engine, 0, 2
-    while True:
-        if refusal := _refusal(manifest, engines):
-            left_out.append(
-                LeftOut(engines=engines, mps=True, thread_percentage=None, outcome=refusal[0], why=refusal[1])
+    # -- chapters
+
+    def _tune(self, default: Tried) -> Chapter:
+        """The best single engine, one change at a time, each kept if it brings 3 %."""
+        best, number = default, 0
+        while best.ok and best.measurement is not None:
+            step = tuning.steps(self._tuned, self._concurrency, best.measurement.gpu_idle_pct, number)
+            if step is None:
+                return
+            number += 1
+            results = []
+            for rival in step.rivals:
+                if why := step.skipped or self._no_room(1, rival.settings):
+                    self._leave_out(1, False, None, "skipped", f"{rival.words}: {why}", base=rival.settings)
+                    continue
+                results.append(((yield from self._measured(self._spec(1, mps=False, base=rival.settings))), rival))
+            winner = max((one for one in results if one[0].ok), key=lambda one: one[0].rate, default=None)
+            if winner is not None and winner[0].rate >= WORTH_IT * best.rate:
+                best, self._tuned = winner[0], winner[1].settings
+                self._single = best
+
+    def _find_load(self) -> Chapter:
+        """Double the load of the tuned engine until that brings under 5 %; loads of equal settings share one start."""
+        asked, best, load = self._manifest, 0.0, LEAST_LOAD
+        while load <= MOST_LOAD:
+            base = tuning.for_batch(self._tuned, load)
+            # The memory for the largest of these loads, so that a larger one needs no other engine.
+            roomy = _asking(asked, max(load, LOADS_OF_ONE_START))
+            if memory_plan(roomy, 1, base).kv_bytes is None:
+                break
+            spec = load_spec(roomy, 1, mps=False, base=base)
+            result = yield from self._measured(_at_load(spec, load))
+            if not result.ok or result.rate < STILL_GROWS * best:
+                break
+            best, self._tuned, self._manifest = result.rate, base, _asking(asked, load)
+            load *= 2
+        self._best.clear()
+
+    def _several(self, one_engine: float) -> Chapter:
+        """Several engines: without MPS, under MPS until another one adds too little, then the winner's variants."""
+        if refusal := self._refusal(2):
+            for mps in (False, True):
+                self._leave_out(2, mps, None, *refusal)
+            return
+        yield from self._measured(self._spec(2, mps=False))
+        winner = yield from self._grow(one_engine)
+        if winner is None:
+            return
+        engines = winner.spec.engines
+        if engines != 2:
+            yield from self._measured(self._spec(engines, mps=False))
+        if self._protocol.equal_budget and (shared := tuning.shared_budget(self._tuned, engines)):
+            yield from self._measured(self._spec(engines, mps=False, base=shared))
+            divided = yield from self._measured(self._spec(engines, mps=True, base=shared))
+            if divided.ok and divided.rate >= WORTH_IT * winner.rate:
+                winner = divided
+        yield from self._thread_percentages(winner)
+
+    def _grow(self, one_engine: float) -> Generator[TrialSpec, Tried, Tried | None]:
+        """2, 3, 4 … engines under MPS until another one adds too little, fails for lack of room, or cannot be placed.
+
+        `one_engine` is the best single engine's rate in tokens/s, which the second engine has to beat; 0.0 if unknown.
+        Returns the fewest engines within 3 % of the best.
+        """
+        tried: list[Tried] = []
+        best, failures, engines = one_engine, 0, 2
+        while True:
+            if refusal := self._refusal(engines):
+                self._leave_out(engines, True, None, *refusal)
+                return simplest_best(tried)
+            result = yield from self._measured(self._spec(engines, mps=True))
+            tried.append(result)
+            if result.outcome == "oom":
+                why = f"{engines} engines already ran out of memory"
+            elif not result.ok:
+                # One failure may be an accident; the next count is still worth a look. Two in a row are a pattern.
+                failures += 1
+                why = f"{failures} trials in a row failed" if failures == 2 else ""
+            else:
+                failures = 0
+                gained = result.rate / best if best else None
+                best = max(best, result.rate)
+                why = ""
+                if gained is not None and gained < WORTH_IT:
+                    why = f"engine {engines} changed throughput by {(gained - 1) * 100:+.1f} %, less than +3 %"
+            if why:
+                self._leave_out(engines + 1, True, None, "skipped", why)
+                return simplest_best(tried)
+            engines += 1
+
+    def _thread_percentages(self, winner: Tried) -> Chapter:
+        """Check the model's products at each percentage first; only what computes correctly becomes a candidate."""
+        engines, base = winner.spec.engines, winner.spec.settings or self._tuned
+        wanted = percentages(self._manifest, engines)
+        if not wanted:
+            return
+        if why := _cannot_check(self._manifest):
+            for percentage in wanted:
+                self._leave_out(engines, True, percentage, "skipped", why, base=base)
+            return
+        checked = yield numerics_spec(self._manifest, wanted, base)
+        for percentage in wanted:
+            if not checked.ok or checked.raw.numerics is None:
+                why = f"numerics check failed: {checked.why}"
+                self._leave_out(engines, True, percentage, "skipped", why, base=base)
+                continue
+            verdict = numerics.judge_products(checked.raw.numerics, percentage, sms_total=self._manifest.gpu.sms)
+            if not verdict.ok:
+                # Without an error figure nothing was shown to be wrong, but nothing was shown to be right either.
+                outcome: Outcome = "skipped" if verdict.worst_error is None else "wrong_results"
+                self._leave_out(engines, True, percentage, outcome, verdict.why or "", verdict.worst_error, base=base)
+                continue
+            yield from self._measured(self._spec(engines, mps=True, percentage=percentage, base=base))
+
+    def _again(self, default: Tried) -> Chapter:
+        """Second starts of what the verdict is made of, each with the loads of its curve; the default engine last, so
+        that a drift of the machine shows between its first start and this one.
+        """
+        without = max((one for one in (self._single, self._best.get(False)) if one), key=lambda one: one.rate)
+        last = candidate(default.spec)
+        finalists = {candidate(one.spec): one for one in (self._single, without, self._best.get(True)) if one}
+        finalists.pop(last, None)
+        for one in (*finalists.values(), default):
+            if not one.ok:
+                continue
+            spec = one.spec
+            for _ in range(1, self._protocol.starts):
+                spec = msgspec.structs.replace(spec, repeat=spec.repeat + 1)
+                spec = (yield from self._measured(spec)).spec
+            for share in sorted(self._protocol.curve, reverse=True):
+                load = max(spec.engines, round(share * self._concurrency))
+                if load < self._concurrency:
+                    yield from self._measured(_at_load(spec, load, short=True))
+
+    # -- trials
+
+    def _measured(self, spec: TrialSpec) -> Told:
+        """One trial, and once more when it failed by what may have been an accident.
+
+        An engine that was killed, a port that two engines chose, a disturbance that made the evidence worthless: the
+        candidate is not to blame, and a verdict needs it. Too little memory is no accident.
+        """
+        if known := self._results.get(key(spec)):
+            return known
+        result = yield spec
+        if result.outcome in ("invalid", "crash", "timeout", "not_attached"):
+            result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
+        self._results[key(spec)] = result
+        several = self._best.get(spec.mps)
+        if result.ok and spec.engines > 1 and (several is None or result.rate > several.rate) and not spec.repeat:
+            self._best[spec.mps] = result
+        return result
+
+    def _spec(
+        self, engines: int, *, mps: bool, percentage: int | None = None, base: EngineSettings | None = None
+    ) -> TrialSpec:
+        return load_spec(self._manifest, engines, mps=mps, percentage=percentage, base=base or self._tuned)
+
+    def _refusal(self, engines: int) -> tuple[Outcome, str] | None:
+        """Why this many engines cannot even be tried, by computation; None when they can."""
+        question = self._manifest.question
+        if engines > question.max_engines:
+            return "skipped", f"--max-engines is {question.max_engines}"
+        if engines > MPS_CLIENTS:
+            return "infeasible", f"MPS serves {MPS_CLIENTS} clients at most"
+        if engines > self._concurrency:
+            return "infeasible", f"{self._concurrency} requests in flight cannot load {engines} engines"
+        if cores.plan(self._manifest.host.cores, engines) is None:
+            return "infeasible", (
+                f"{engines} engines need {2 * engines} physical cores beside the load generator's; "
+                f"this machine has {len(self._manifest.host.cores)}"
             )
-            return tried
-        result = yield from _measured(load_spec(manifest, engines, mps=True))
-        tried.append(result)
-        if result.outcome == "oom":
-            why = f"{engines} engines already ran out of memory"
-        elif not result.ok:
-            # One failure may be an accident; the next count is still worth a look. Two in a row are a pattern.
-            failures += 1
-            why = f"{failures} trials in a row failed" if failures == 2 else ""
-        else:
-            failures = 0
-            gained = result.rate / best if best else None
-            best = max(best, result.rate)
-            why = ""
-            if gained is not None and gained < WORTH_ANOTHER:
-                why = f"engine {engines} changed throughput by {(gained - 1) * 100:+.1f} %, less than +3 %"
-        if why:
-            left_out.append(LeftOut(engines=engines + 1, mps=True, thread_percentage=None, outcome="skipped", why=why))
-            return tried
-        engines += 1
+        if why := self._no_room(engines, self._tuned):
+            return "infeasible", why
+        return None
 
+    def _no_room(self, engines: int, base: EngineSettings) -> str:
+        """Why engines with these settings do not fit the GPU's memory; empty when they do."""
+        planned = memory_plan(self._manifest, engines, base)
+        return memory.explain(planned) if planned.kv_bytes is None else ""
 
-def _thread_percentages(manifest: Manifest, winner: Tried, left_out: list[LeftOut]) -> Search:
-    """Check the model's products at each percentage first; only what computes correctly becomes a candidate."""
-    engines = winner.spec.engines
-    wanted = percentages(manifest, engines)
-    if not wanted:
-        return left_out
-    if why := _cannot_check(manifest):
-        left_out += [_left(engines, p, "skipped", why) for p in wanted]
-        return left_out
-    checked = yield numerics_spec(manifest, wanted)
-    for percentage in wanted:
-        if not checked.ok or checked.raw.numerics is None:
-            left_out.append(_left(engines, percentage, "skipped", f"numerics check failed: {checked.why}"))
-            continue
-        verdict = numerics.judge_products(checked.raw.numerics, percentage, sms_total=manifest.gpu.sms)
-        if not verdict.ok:
-            # Without an error figure nothing was shown to be wrong, but nothing was shown to be right either.
-            outcome: Outcome = "skipped" if verdict.worst_error is None else "wrong_results"
-            left_out.append(_left(engines, percentage, outcome, verdict.why or "", verdict.worst_error))
-            continue
-        yield from _measured(load_spec(manifest, engines, mps=True, percentage=percentage))
-    return left_out
+    def _leave_out(
+        self,
+        engines: int,
+        mps: bool,
+        percentage: int | None,
+        outcome: Outcome,
+        why: str,
+        error: float | None = None,
+        base: EngineSettings | None = None,
+    ) -> None:
+        self._left_out.append(
+            LeftOut(
+                engines=engines,
+                mps=mps,
+                thread_percentage=percentage,
+                outcome=outcome,
+                why=why,
+                worst_product_error=error,
+                settings=base,
+            )
+        )
 
 
 def _cannot_check(manifest: Manifest) -> str:
@@ -142,19 +294,13 @@ def _cannot_check(manifest: Manifest) -> str:
     return ""
 
 
-def _left(engines: int, percentage: int, outcome: Outcome, why: str, error: float | None = None) -> LeftOut:
-    return LeftOut(
-        engines=engines, mps=True, thread_percentage=percentage, outcome=outcome, why=why, worst_product_error=error
-    )
-
-
-def simplest_best(tried: list[Tried]) -> Tried | None:
+def simplest_best(tried: Sequence[Tried]) -> Tried | None:
     """The fewest engines within 3 % of the best of these, None when none is ok."""
     ok = [one for one in tried if one.ok]
     if not ok:
         return None
     best = max(one.rate for one in ok)
-    return min((one for one in ok if one.rate * WORTH_ANOTHER >= best), key=lambda one: one.spec.engines)
+    return min((one for one in ok if one.rate * WORTH_IT >= best), key=lambda one: one.spec.engines)
 
 
 def percentages(manifest: Manifest, engines: int) -> list[int]:
@@ -167,73 +313,79 @@ def percentages(manifest: Manifest, engines: int) -> list[int]:
     return sorted({p for p in wanted if 0 < p < 100})
 
 
-def _refusal(manifest: Manifest, engines: int) -> tuple[Outcome, str] | None:
-    """Why this many engines cannot even be tried, by computation; None when they can."""
-    if engines > manifest.question.max_engines:
-        return "skipped", f"--max-engines is {manifest.question.max_engines}"
-    if engines > MPS_CLIENTS:
-        return "infeasible", f"MPS serves {MPS_CLIENTS} clients at most"
-    if engines > manifest.question.workload.concurrency:
-        return (
-            "infeasible",
-            f"{manifest.question.workload.concurrency} requests in flight cannot load {engines} engines",
-        )
-    if cores.plan(manifest.host.cores, engines) is None:
-        return "infeasible", (
-            f"{engines} engines need {2 * engines} physical cores beside the load generator's; "
-            f"this machine has {len(manifest.host.cores)}"
-        )
-    if (planned := memory_plan(manifest, engines)).kv_bytes is None:
-        return "infeasible", memory.explain(planned)
-    return None
-
-
-def memory_plan(manifest: Manifest, engines: int) -> memory.MemoryPlan:
-    """How this many engines share the GPU's memory."""
+def memory_plan(manifest: Manifest, engines: int, base: EngineSettings | None = None) -> memory.MemoryPlan:
+    """How this many engines with the settings `base` (or the default engine's) share the GPU's memory."""
+    told = base or manifest.settings
     return memory.plan(
         manifest.gpu,
         manifest.model,
-        max_num_batched_tokens=manifest.settings.max_num_batched_tokens,
-        max_num_seqs=manifest.settings.max_num_seqs,
+        max_num_batched_tokens=told.max_num_batched_tokens,
+        max_num_seqs=told.max_num_seqs,
         workload=as_served(manifest.question.workload),
         engines=engines,
     )
 
 
-def engine_settings(manifest: Manifest, engines: int) -> EngineSettings:
-    """The default engine's settings with this many engines' share of the memory."""
-    kv_bytes = memory_plan(manifest, engines).kv_bytes
+def engine_settings(manifest: Manifest, engines: int, base: EngineSettings | None = None) -> EngineSettings:
+    """The settings `base` (or the default engine's) with this many engines' share of the memory."""
+    kv_bytes = memory_plan(manifest, engines, base).kv_bytes
     if kv_bytes is None:
-        raise ValueError(f"{engines} engines do not fit; ask `_refusal` first")
-    return settings.with_kv_bytes(manifest.settings, manifest.model, kv_bytes)
+        raise ValueError(f"{engines} engines do not fit; ask whether they can be tried first")
+    told = msgspec.structs.replace(base or manifest.settings, max_model_len=manifest.settings.max_model_len)
+    return settings.with_kv_bytes(told, manifest.model, kv_bytes)
 
 
-def load_spec(manifest: Manifest, engines: int, *, mps: bool, percentage: int | None = None) -> TrialSpec:
-    """The load trial of one candidate."""
+def load_spec(
+    manifest: Manifest,
+    engines: int,
+    *,
+    mps: bool,
+    percentage: int | None = None,
+    base: EngineSettings | None = None,
+) -> TrialSpec:
+    """The load trial of one candidate at the load that was asked for."""
     placed = cores.plan(manifest.host.cores, engines)
     if placed is None:
-        raise ValueError(f"{engines} engines cannot be placed; ask `_refusal` first")
+        raise ValueError(f"{engines} engines cannot be placed; ask whether they can be tried first")
     return TrialSpec(
         kind="load",
         engines=engines,
         mps=mps,
         thread_percentage=percentage,
-        settings=engine_settings(manifest, engines),
+        settings=engine_settings(manifest, engines, base),
         workload=manifest.question.workload,
         protocol=manifest.protocol,
         engine_cores=placed.engine_cores,
         load_cores=placed.load_cores,
+        label=tuning.label(base or manifest.settings, manifest.settings),
     )
 
 
-def numerics_spec(manifest: Manifest, wanted: list[int]) -> TrialSpec:
+def _at_load(spec: TrialSpec, concurrency: int, *, short: bool = False) -> TrialSpec:
+    """The same engines with other requests in flight, in a `short` window if the point only belongs to a curve."""
+    if spec.workload is None or spec.protocol is None:
+        raise ValueError("only a load trial has a load")
+    workload = msgspec.structs.replace(spec.workload, concurrency=concurrency)
+    least_s = spec.protocol.curve_min_s if short else spec.protocol.measure_min_s
+    protocol = msgspec.structs.replace(spec.protocol, measure_min_s=least_s)
+    label = "-".join(part for part in (spec.label, f"load{concurrency}") if part)
+    return msgspec.structs.replace(spec, workload=workload, protocol=protocol, label=label)
+
+
+def _asking(manifest: Manifest, concurrency: int) -> Manifest:
+    """The manifest as if this load had been asked for."""
+    workload = msgspec.structs.replace(manifest.question.workload, concurrency=concurrency)
+    return msgspec.structs.replace(manifest, question=msgspec.structs.replace(manifest.question, workload=workload))
+
+
+def numerics_spec(manifest: Manifest, wanted: list[int], base: EngineSettings) -> TrialSpec:
     """The check of the model's own matrix products at these percentages."""
     return TrialSpec(
         kind="numerics",
         mps=True,
-        settings=manifest.settings,
+        settings=base,
         percentages=wanted,
-        batch_sizes=_checked_sizes(manifest.settings),
+        batch_sizes=_checked_sizes(base),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from advisor.core import measure, validity
+from advisor.core.estimate import choosing_rate
 from advisor.core.records import Caution, Measurement, Outcome, RawTrial, Record, TrialSpec
 
 
@@ -24,8 +25,19 @@ class Tried(Record, frozen=True):
 
     @property
     def rate(self) -> float:
-        """Output tokens per second, 0.0 for a trial that does not count (for ordering only)."""
-        return self.measurement.throughput_tok_per_s.value if self.measurement else 0.0
+        """Output tokens per second to order candidates by, 0.0 for a trial that does not count.
+
+        Where candidates are started again, only the part of the window that is not quoted later.
+        """
+        if self.measurement is None:
+            return 0.0
+        return choosing_rate(self.measurement) if self.chooses else self.measurement.throughput_tok_per_s.value
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a part of this window is set aside for choosing between candidates."""
+        protocol = self.spec.protocol
+        return protocol is not None and protocol.starts > 1 and not self.spec.repeat
 
 
 def judge(raw: RawTrial) -> Tried:
@@ -61,9 +73,17 @@ def slug(spec: TrialSpec) -> str:
     parts = [f"{spec.engines}-engine" + ("s" if spec.engines > 1 else ""), "mps" if spec.mps else "no-mps"]
     if spec.thread_percentage is not None:
         parts.append(f"{spec.thread_percentage}pct")
+    if spec.label:
+        parts.append(spec.label)
     if spec.repeat:
         parts.append(f"repeat-{spec.repeat}")
     return "-".join(parts)
+
+
+def candidate(spec: TrialSpec) -> str:
+    """The identity of a candidate: what `key` says, whatever the start and the load."""
+    workload = None if spec.workload is None else msgspec.structs.replace(spec.workload, concurrency=0)
+    return key(msgspec.structs.replace(spec, repeat=0, workload=workload))
 
 
 def key(spec: TrialSpec) -> str:
@@ -77,6 +97,6 @@ def key(spec: TrialSpec) -> str:
     if settings is not None:
         settings = msgspec.structs.replace(settings, kv_cache_memory_bytes=0, max_model_len=0)
     same = msgspec.structs.replace(
-        spec, settings=settings, protocol=None, engine_cores=[], load_cores=[], batch_sizes=[]
+        spec, settings=settings, protocol=None, engine_cores=[], load_cores=[], batch_sizes=[], label=""
     )
     return msgspec.json.encode(same, order="sorted").decode()

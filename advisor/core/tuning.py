@@ -1,0 +1,150 @@
+"""What one engine can still be given before a second one is added. Pure.
+
+Each rival is one change of settings. Those of a step exclude each other; `search` tries them in turn and keeps the
+fastest if it is worth it, then goes on from there. Sources: vLLM 0.26, `entrypoints/cli/serve.py`,
+`engine/arg_utils.py`, `config/vllm.py`.
+
+`--performance-mode throughput` is no rival of its own: in 0.26 it doubles the token budget and `--max-num-seqs` where
+they are not given, and nothing else; the doubled budget is tried here.
+"""
+
+from __future__ import annotations
+
+from msgspec import structs
+
+from advisor.core.records import EngineSettings, Record
+
+# With the GPU idle for less than this, nothing that only spares the CPU can help.
+GPU_BUSY_IDLE_PCT = 10.0
+STREAM_INTERVAL = 8
+API_SERVERS = 2
+
+
+class Rival(Record, frozen=True):
+    """One change of an engine's settings: in words, and as the settings after it."""
+
+    words: str
+    settings: EngineSettings
+
+
+class Step(Record, frozen=True):
+    """Rivals that exclude each other. `skipped` says why none of them is worth a trial, else it is empty."""
+
+    rivals: list[Rival]
+    skipped: str = ""
+
+
+def steps(base: EngineSettings, concurrency: int, gpu_idle_pct: float | None, number: int) -> Step | None:
+    """The `number`-th step (from 0) from the settings found so far; None after the last.
+
+    `concurrency` is the requests in flight, `gpu_idle_pct` what was seen of the engine with these settings.
+    """
+    makers = (_batch, _front_end, _streaming, _async, _budget)
+    if number >= len(makers):
+        return None
+    rivals = makers[number](base, concurrency)
+    spares_cpu = makers[number] in (_front_end, _streaming, _async)
+    if rivals and spares_cpu and gpu_idle_pct is not None and gpu_idle_pct < GPU_BUSY_IDLE_PCT:
+        return Step(
+            rivals=rivals, skipped=f"the GPU is idle for {gpu_idle_pct:.0f} % only, so the CPU is not the limit"
+        )
+    return Step(rivals=rivals)
+
+
+def for_batch(base: EngineSettings, concurrency: int) -> EngineSettings:
+    """As many sequences and as large graphs as the load needs, where `base` stops short of it."""
+    seqs = max(base.max_num_seqs, concurrency)
+    budget = max(base.max_num_batched_tokens, seqs)
+    capture = max(base.max_cudagraph_capture_size, min(-(-concurrency // 16) * 16, budget))
+    return structs.replace(base, max_num_seqs=seqs, max_cudagraph_capture_size=capture, max_num_batched_tokens=budget)
+
+
+def _batch(base: EngineSettings, concurrency: int) -> list[Rival]:
+    changed = for_batch(base, concurrency)
+    if changed == base:
+        return []
+    return [Rival(words=f"graphs up to batch {changed.max_cudagraph_capture_size}", settings=changed)]
+
+
+def _front_end(base: EngineSettings, concurrency: int) -> list[Rival]:
+    if base.rust_front_end or base.api_server_count > 1:
+        return []
+    return [
+        Rival(words=f"{API_SERVERS} API servers", settings=structs.replace(base, api_server_count=API_SERVERS)),
+        Rival(words="Rust front end", settings=structs.replace(base, rust_front_end=True)),
+    ]
+
+
+def _streaming(base: EngineSettings, concurrency: int) -> list[Rival]:
+    if base.rust_front_end or base.stream_interval >= STREAM_INTERVAL:
+        return []  # the Rust front end of 0.26 knows no interval
+    changed = structs.replace(base, stream_interval=STREAM_INTERVAL)
+    return [Rival(words=f"{STREAM_INTERVAL} tokens per streamed piece", settings=changed)]
+
+
+def _async(base: EngineSettings, concurrency: int) -> list[Rival]:
+    if base.async_scheduling:
+        return []  # the default of 0.26
+    return [Rival(words="asynchronous scheduling", settings=structs.replace(base, async_scheduling=True))]
+
+
+def _budget(base: EngineSettings, concurrency: int) -> list[Rival]:
+    doubled = 2 * base.max_num_batched_tokens
+    changed = structs.replace(base, max_num_batched_tokens=doubled)
+    return [Rival(words=f"token budget {doubled}", settings=changed)]
+
+
+def shared_budget(settings: EngineSettings, engines: int) -> EngineSettings | None:
+    """The settings with one engine's token budget divided among `engines`; None where that is the same or too small.
+
+    A budget has to hold one token of every sequence, and the largest captured graph.
+    """
+    each = settings.max_num_batched_tokens // engines // 16 * 16
+    if engines < 2 or each < 256:
+        return None
+    return structs.replace(
+        settings,
+        max_num_batched_tokens=each,
+        max_num_seqs=min(settings.max_num_seqs, each),
+        max_cudagraph_capture_size=min(settings.max_cudagraph_capture_size, each),
+    )
+
+
+def words(settings: EngineSettings, default: EngineSettings) -> list[str]:
+    """How settings differ from the default engine's, in words; memory shares and the context apart."""
+    said = []
+    if settings.rust_front_end != default.rust_front_end:
+        said.append("Rust front end")
+    if settings.api_server_count != default.api_server_count:
+        said.append(f"{settings.api_server_count} API servers")
+    if settings.stream_interval != default.stream_interval:
+        said.append(f"{settings.stream_interval} tokens per streamed piece")
+    if settings.async_scheduling != default.async_scheduling:
+        said.append(("" if settings.async_scheduling else "no ") + "asynchronous scheduling")
+    if settings.max_num_batched_tokens != default.max_num_batched_tokens:
+        said.append(f"token budget {settings.max_num_batched_tokens}")
+    if settings.max_cudagraph_capture_size != default.max_cudagraph_capture_size:
+        said.append(f"graphs up to batch {settings.max_cudagraph_capture_size}")
+    return said
+
+
+def label(settings: EngineSettings, default: EngineSettings) -> str:
+    """How settings differ from the default engine's, for a file name; empty where they do not."""
+    parts = [
+        "rust" if settings.rust_front_end else "",
+        f"api{settings.api_server_count}" if settings.api_server_count != default.api_server_count else "",
+        f"stream{settings.stream_interval}" if settings.stream_interval != default.stream_interval else "",
+        "async" if settings.async_scheduling and not default.async_scheduling else "",
+        f"budget{settings.max_num_batched_tokens}"
+        if settings.max_num_batched_tokens != default.max_num_batched_tokens
+        else "",
+        f"graphs{settings.max_cudagraph_capture_size}"
+        if settings.max_cudagraph_capture_size != default.max_cudagraph_capture_size
+        else "",
+    ]
+    return "-".join(part for part in parts if part)
+
+
+def bare(settings: EngineSettings) -> EngineSettings:
+    """The settings without what only the division of memory decides, to tell whether two are the same choice."""
+    return structs.replace(settings, kv_cache_memory_bytes=0, max_model_len=0)

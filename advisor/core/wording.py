@@ -1,0 +1,128 @@
+"""The verdict and its reasons in words, made only of figures that stand in the candidates. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from advisor.core import slo, tuning
+from advisor.core.candidates import Field
+from advisor.core.records import Candidate, Value
+
+_ACCIDENTS = ("crash", "timeout", "invalid", "not_attached")
+
+
+def name(field: Field, one: Candidate) -> str:
+    """A candidate in words, with what sets its settings apart from those that every candidate has."""
+    told, kept = one.settings, field.outline.tuned
+    default = field.manifest.settings
+    if one.engines == 1:
+        text = "1 engine"
+        if told is not None and tuning.bare(told) != tuning.bare(default):
+            text = "1 tuned engine" if tuning.bare(told) == tuning.bare(kept) else f"1 engine{_with(told, default)}"
+    else:
+        text = f"{one.engines} engines{_with(told, kept) if told is not None else ''}"
+    if one.mps:
+        text += " under MPS"
+        if one.thread_percentages:
+            text += f" at {one.thread_percentages[0]} % of the threads each"
+    elif one.engines > 1:
+        text += " without MPS"
+    return text
+
+
+def _with(told: object, base: object) -> str:
+    words = tuning.words(told, base)  # type: ignore[arg-type]
+    return f" with {', '.join(words)}" if words else ""
+
+
+def times(gain: Value | None) -> str:
+    """“1.19× (1.16 to 1.22)”."""
+    if gain is None:
+        return "–"
+    if gain.low is None or gain.high is None:
+        return f"{gain.value:.2f}×"
+    return f"{gain.value:.2f}× ({gain.low:.2f} to {gain.high:.2f})"
+
+
+def rate(one: Candidate) -> float:
+    """Output tokens per second, 0.0 where there are none."""
+    return one.throughput_tok_per_s.value if one.throughput_tok_per_s else 0.0
+
+
+def best_under_mps(ok: Sequence[Candidate]) -> Candidate | None:
+    """The fastest of several engines under MPS; one engine under MPS shows what MPS costs, and is no rival."""
+    return max((one for one in ok if one.mps and one.engines > 1), key=rate, default=None)
+
+
+def sentence(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold: float) -> str:
+    """What to run, and what that brings over the other ways to run."""
+    objectives = field.manifest.question.slo
+    under = f" Under {slo.shown(objectives)}." if objectives else ""
+    one_engine = "one engine"
+    tuned = ""
+    if field.tuned is not None and field.tuned is not field.default:
+        one_engine = "the default engine"
+        tuned = f", {times(choice.gain_vs_tuned)} the tuned one" if choice.engines > 1 else ""
+    if choice.mps:
+        share = (
+            f"{choice.thread_percentages[0]} % of the threads each"
+            if choice.thread_percentages
+            else "no thread percentage"
+        )
+        against = f", {times(choice.gain_vs_best_without_mps)} without MPS" if field.best_without else ""
+        return (
+            f"Run {choice.engines} engines under MPS, {share}: "
+            f"{times(choice.gain_vs_default)} {one_engine}{tuned}{against}.{under}"
+        )
+    rival = best_under_mps(ok)
+    against = ""
+    if rival is not None:
+        against = f" MPS brings {times(rival.gain_vs_best_without_mps)} at best; {threshold:.2f}× is asked."
+    if choice.engines == 1:
+        what = name(field, choice)
+        gained = f": {times(choice.gain_vs_default)} the default engine" if what != "1 engine" else ", leave MPS alone"
+        return f"Run {what}{gained}.{against}{under}"
+    gained = f"{times(choice.gain_vs_default)} {one_engine}{tuned}"
+    return f"Run {choice.engines} engines without MPS: {gained}.{against}{under}"
+
+
+def rival_missing(field: Field, choice: Candidate, candidates: Sequence[Candidate]) -> str:
+    """A note for the sentence when as many engines without MPS could not be measured."""
+    for one in candidates:
+        same = one.engines == choice.engines and not one.mps and one.outcome in _ACCIDENTS
+        if same and choice.mps:
+            return f" {name(field, one)} could not be measured ({one.outcome.replace('_', ' ')})."
+    return ""
+
+
+def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold: float) -> list[str]:
+    """The reasons for the choice."""
+    reasons = []
+    best_without = max((one for one in ok if not one.mps), key=rate, default=None)
+    rival = best_under_mps(ok)
+    if choice.mps and best_without is not None:
+        reasons.append(
+            f"{name(field, choice)}: {rate(choice):,.0f} tokens/s; the best without MPS is {name(field, best_without)} "
+            f"with {rate(best_without):,.0f}."
+        )
+        if best_without.engines > 1:
+            reasons.append(
+                f"Of the gain over one engine, {times(best_without.gain_vs_default)} needs no MPS, "
+                f"only {best_without.engines} engines."
+            )
+    elif rival is not None and best_without is not None:
+        gain = rival.gain_vs_best_without_mps
+        reached = gain is not None and gain.value >= threshold
+        reasons.append(
+            f"{name(field, rival)} gives {times(gain)} the best without MPS, {name(field, best_without)}"
+            + (", and its lower bound stays" if reached else "; that is")
+            + f" under {threshold:.2f}×."
+        )
+    if field.tuned is not None and field.default is not None and field.tuned.settings and field.default.settings:
+        changes = tuning.words(field.tuned.settings, field.default.settings)
+        reasons.append(f"Tuned: {', '.join(changes)}." if changes else "No setting of one engine brought 3 %.")
+    base = field.tuned or field.default
+    alone = next((one for one in field.all if one.ok and one.mps and one.engines == 1), None)
+    if alone is not None and base is not None and (gained := field.gain(alone, base)) is not None:
+        reasons.append(f"MPS itself, with one engine: {times(gained)} the same engine without it.")
+    return reasons
