@@ -169,3 +169,11 @@ def make_bench(directory: Path) -> Iterator[Bench]:
 def bench(tmp_path: Path) -> Iterator[Bench]:
     with make_bench(tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def site(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from sites import make_site
+
+    with make_site(bench, monkeypatch) as made:
+        yield made

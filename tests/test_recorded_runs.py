@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import raw as made
 
 from advisor import flow
 from advisor.core.records import Report
@@ -226,3 +227,40 @@ def test_auto_prefers_the_run_whose_requests_are_as_they_are_sent_now():
     manifest = RunFolder(ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024").manifest()
     workload = msgspec.structs.replace(manifest.question.workload, osl_spread=0)
     assert choose("qwen2.5-0.5b", workload).path.name == "h200-qwen2.5-0.5b-serve-1024"
+
+
+class OneStart(Replay):
+    """The replay of a run whose trials are given as windows of one start: all times count from its beginning."""
+
+    keeps_a_teardown = True
+
+    def run(self, spec):
+        found = super().run(spec)
+        last = self.keeps_a_teardown and spec.kind == "load" and spec.engines == 1 and spec.mps
+        moved = made.shifted(found, 100.0) if spec.kind == "load" else found
+        return msgspec.structs.replace(
+            moved, started="monday" if spec.kind == "load" else None, teardown=found.teardown if last else None
+        )
+
+
+def test_windows_of_one_start_lie_one_after_another_in_the_timeline():
+    run = RunFolder(CRASHED)
+    alone, together = replay(CRASHED), flow.profile(run.manifest(), OneStart(run), created="now", replayed=True)
+
+    assert [stage.name for stage in together.timeline] == [stage.name for stage in alone.timeline]
+    for one, other in zip(together.timeline, alone.timeline, strict=True):
+        assert (one.start_s, one.end_s) == pytest.approx((other.start_s, other.end_s), abs=0.01)
+
+
+def test_one_teardown_proves_the_end_of_all_windows_of_a_start():
+    run = RunFolder(CRASHED)
+    runner = OneStart(run)
+
+    def unproven():
+        report = flow.profile(run.manifest(), runner, created="now", replayed=True)
+        return [caution for caution in report.warnings if caution.code == "teardown_unproven"]
+
+    assert unproven() == []
+    runner.keeps_a_teardown = False
+    (caution,) = unproven()
+    assert "more trials" in caution.text
