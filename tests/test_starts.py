@@ -70,15 +70,15 @@ def test_the_second_window_counts_only_its_own_tokens(site):
 
 
 def test_a_second_decode_wave_meets_no_request_of_the_first(site):
-    site.bench.engine_faults({"all": {"tokens_per_s": 500}})  # so that the wave is cut off in mid-answer
+    site.bench.engine_faults({"all": {"tokens_per_s": 500}})  # slow enough to be cut off in mid-answer
     question = site.place.manifest.question
     wave = msgspec.structs.replace(question.workload, kind="decode", concurrency=4, osl_spread=0)
     question = msgspec.structs.replace(question, workload=wave)
     site.place.manifest = msgspec.structs.replace(site.place.manifest, question=question)
     runner, folder = live(site)
     with runner:
-        runner.run(site.spec(1, mps=False))
-        runner.run(at_load(site.spec(1, mps=False), 3))
+        runner.run(site.spec(1, mps=False, drain_timeout_s=0.05))
+        runner.run(at_load(site.spec(1, mps=False, drain_timeout_s=0.05), 3))
     first, second = folder.trials()
 
     assert (first.ended, second.ended) == ("completed", "completed")

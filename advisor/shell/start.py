@@ -26,6 +26,8 @@ from advisor.shell.processes import child_environment
 # The fixed prompts whose log-probabilities show that two engines compute the same: long enough for the
 # attention kernel to work, few enough to cost nothing.
 FIXED_PROMPTS, FIXED_PROMPT_TOKENS, FIXED_PROMPT_SEED = 4, 96, 20250
+# How long engines may go on with requests of an earlier window that were cut off.
+IDLE_TIMEOUT_S = 30.0
 # GPU memory that may stay in use after a trial: driver bookkeeping, not ours.
 MEMORY_SLACK_BYTES = 300 << 20
 
@@ -126,7 +128,7 @@ class Start:
 
     # -- between windows
 
-    def next_window(self, workload: Workload, idle_timeout_s: float) -> None:
+    def next_window(self, workload: Workload) -> None:
         """Make sure that the engines are fit for a window. Raises EngineFailed, MpsQueryError; Unfit for company."""
         self.windows += 1
         if self.windows > 1:
@@ -134,7 +136,7 @@ class Start:
             clients, servers = self.attached()
             refuse_strangers(self.nvml, self._uuid, self.engines.own_pids() | set(servers))
             self._refuse_detached(clients)
-            self.engines.wait_idle(idle_timeout_s)
+            self.engines.wait_idle(IDLE_TIMEOUT_S)
         prompts = self._fixed_prompts(workload)
         # Once per start: they say what the engines compute, and that is the same under any load.
         if prompts != self._asked:

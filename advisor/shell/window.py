@@ -52,7 +52,7 @@ class LoadWindow:
     def run(self) -> None:
         """Raises EngineFailed, LoadFailed and MpsQueryError; `seen` then holds what there is."""
         self._clock.stage("check")
-        self._start.next_window(self._workload, self._protocol.drain_timeout_s)
+        self._start.next_window(self._workload)
         load = self._start_load()
         self._clock.stage("warm-up")
         self._warm_up()

@@ -368,12 +368,16 @@ class Scheduler:
         self.running, self.waiting = [], deque()
         self.steps = self.generation_tokens = self.prompt_tokens = self.prefix_hits = 0
         self.first_blocks = set()
+        self.told = 0, 0  # requests running and waiting, as of the last step: like vLLM, which tells no later
         self.attached = self.hung = False
         self.wake = asyncio.Event()
 
     def add(self, request):
         self.waiting.append(request)
         self.wake.set()
+
+    def tell(self):
+        self.told = len([request for request in self.running if not request.gone]), len(self.waiting)
 
     def look_up(self, tokens):
         """Counts a hit when the first block of a prompt is that of an earlier one; nothing is ever thrown out."""
@@ -414,6 +418,7 @@ class Scheduler:
                 self.steps += 1
                 self.generation_tokens += len(self.running)
                 self.running = [request for request in self.running if not request.step()]
+                self.tell()
 
     def fail_all(self):
         for request in [*self.running, *self.waiting]:
@@ -721,6 +726,7 @@ class Server:
         self.scheduler.prompt_tokens += len(tokens)
         self.scheduler.generation_tokens += wanted
         self.scheduler.steps += wanted
+        self.scheduler.tell()
         usage = {"prompt_tokens": len(tokens), "total_tokens": len(tokens) + wanted, "completion_tokens": wanted}
         return {
             "id": f"cmpl-{random.getrandbits(64):016x}",
@@ -736,8 +742,8 @@ class Server:
         config, scheduler = self.config, self.scheduler
         labels = f'engine="0",model_name="{config.name}"'
         counters = {
-            "num_requests_running": len(scheduler.running),
-            "num_requests_waiting": len(scheduler.waiting),
+            "num_requests_running": scheduler.told[0],
+            "num_requests_waiting": scheduler.told[1],
             "prefix_cache_queries_total": scheduler.prompt_tokens if config.prefix_caching else 0,
             "prefix_cache_hits_total": scheduler.prefix_hits,
             "num_preemptions_total": 0,
