@@ -33,9 +33,12 @@ class Field:
         return None
 
     def eligible(self, one: Contender) -> bool:
-        """Whether it may be advised. Settings that were tried and not kept are shown, but are no way to run; one
-        engine under MPS only shows what MPS costs.
+        """Whether it may be advised. What was not started again lost on its first start: a second look at that start
+        alone must not let it win. One engine under MPS only shows what MPS costs; settings that were tried and not
+        kept are no way to run.
         """
+        if len(one.attempts) < self.manifest.protocol.starts:
+            return False
         if one.engines > 1:
             return True
         kept = self.tuned or self.default
