@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw import changed
 
+from advisor.core.cautions import cautions
 from advisor.core.measure import measure
 from advisor.core.records import MpsEvidence, Protocol, Workload
-from advisor.core.validity import cautions, judge
+from advisor.core.validity import judge
 
 TRIAL = raw.trial()
 ALONE = raw.trial(2, mps=False)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from advisor.core import deployment, intervals, numerics
+from advisor.core import deployment, intervals, limits, numerics
+from advisor.core.cautions import caution
 from advisor.core.records import (
     SCHEMA_VERSION,
     Candidate,
@@ -123,6 +124,7 @@ def _candidate(
     spec, measured = one.spec, one.measurement
     percentage = spec.thread_percentage
     error, sms = _numerics_of(checks, percentage)
+    limit = limits.limited_by(one.raw, measured) if measured else None
     return Candidate(
         engines=spec.engines,
         mps=spec.mps,
@@ -141,6 +143,8 @@ def _candidate(
         sm_active_pct=measured.sm_active_pct if measured else None,
         gpu_idle_pct=measured.gpu_idle_pct if measured else None,
         tokens_per_joule=measured.tokens_per_joule if measured else None,
+        limited_by=limit.what if limit else None,
+        limit_evidence=limit.evidence if limit else None,
         worst_product_error=error,
         why_not=one.why or None,
         trial=slug(spec),
@@ -376,38 +380,31 @@ def _cautions(manifest: Manifest, tried: Sequence[Tried]) -> list[Caution]:
     """Every caution once, with the trials it was seen in."""
     seen: dict[tuple[str, str], tuple[Caution, list[str]]] = {}
     for one in tried:
-        for caution in one.cautions:
-            seen.setdefault((caution.code, caution.remedy), (caution, []))[1].append(slug(one.spec))
+        for told in one.cautions:
+            seen.setdefault((told.code, told.remedy), (told, []))[1].append(slug(one.spec))
     cautions = []
-    for caution, where in seen.values():
+    for told, where in seen.values():
         more = f" (and {len(where) - 1} more trials)" if len(where) > 1 else ""
-        cautions.append(Caution(code=caution.code, text=f"{where[0]}{more}: {caution.text}", remedy=caution.remedy))
+        cautions.append(msgspec.structs.replace(told, text=f"{where[0]}{more}: {told.text}"))
     last = _last_attempts(tried)
     cautions += [
-        Caution(
-            code="not_measured",
-            text=f"{slug(one.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was reached "
+        caution(
+            "not_measured",
+            f"{slug(one.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was reached "
             "without it.",
-            remedy="Look at why, then measure again with another --out.",
         )
         for one in last
         if one.outcome in ("crash", "timeout", "invalid", "not_attached")
     ]
     cautions += [
-        Caution(
-            code="repeated",
-            text=f"{slug(one.spec)} was run once more: {one.why}",
-            remedy="Nothing, when it stays a rarity; else keep other work off this machine.",
-        )
+        caution("repeated", f"{slug(one.spec)} was run once more: {one.why}")
         for one in tried
         if one.spec.kind == "load" and one not in last
     ]
     if manifest.model.weights == "dummy":
         cautions.append(
-            Caution(
-                code="dummy_weights",
-                text="Weights are dummies of the right shape: speed is measured, the texts mean nothing.",
-                remedy="Download the model first to measure with its own weights and tokenizer.",
+            caution(
+                "dummy_weights", "Weights are dummies of the right shape: speed is measured, the texts mean nothing."
             )
         )
     return cautions
