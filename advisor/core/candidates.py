@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from advisor.core import numerics, tuning
+from advisor.core import limits, numerics, tuning
 from advisor.core.contenders import Contender
 from advisor.core.estimate import gain
 from advisor.core.records import Candidate, EngineSettings, Manifest, Value
@@ -72,6 +72,7 @@ def _finite(error: float | None) -> float | None:
 def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
     shown = one.shown.measurement
     error, sms = _numerics_of(checks, one.percentage)
+    limit = limits.limited_by(one.shown.raw, shown) if shown else None
     return Candidate(
         engines=one.engines,
         mps=one.mps,
@@ -91,6 +92,8 @@ def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
         sm_active_pct=shown.sm_active_pct if shown else None,
         gpu_idle_pct=shown.gpu_idle_pct if shown else None,
         tokens_per_joule=shown.tokens_per_joule if shown else None,
+        limited_by=limit.what if limit else None,
+        limit_evidence=limit.evidence if limit else None,
         starts=len(one.starts) or None,
         curve=one.curve,
         worst_product_error=error,

@@ -22,6 +22,11 @@ TrialKind = Literal["load", "numerics"]
 Source = Literal["measured", "predicted", "bound", "vendor"]
 Outcome = Literal["ok", "infeasible", "oom", "crash", "timeout", "not_attached", "wrong_results", "invalid", "skipped"]
 Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused"]
+CautionCode = Literal[
+    "coalesced", "coarse_stream", "cpu_contention", "drift", "dummy_weights", "load_busy", "memory_left",
+    "not_measured", "power_capped", "preemptions", "processes_left", "repeated", "settings_unverified", "steal",
+    "teardown_unproven", "throttled", "uneven_cores", "unequal_engines", "young_front_end",
+]  # fmt: skip
 Status = Literal["recommend", "inconclusive", "infeasible", "no_slo"]
 
 
@@ -425,7 +430,7 @@ class Percentiles(Record, frozen=True):
 class Caution(Record, frozen=True):
     """Something the reader must know, with what to do about it."""
 
-    code: str
+    code: CautionCode
     text: str
     remedy: str
 

@@ -19,6 +19,7 @@ from advisor.core.errors import Unfit
 from advisor.core.loads import by_engine
 from advisor.core.records import (
     SCHEMA_VERSION,
+    CoreSpeed,
     CpuUse,
     Ended,
     EngineSettings,
@@ -30,13 +31,15 @@ from advisor.core.records import (
     RawLoad,
     RawTrial,
     Stage,
+    Stranger,
     Teardown,
     TrialSpec,
     Workload,
 )
 from advisor.core.settings import serve_arguments, serve_environment
 from advisor.core.workload import output_tokens, turnover_tokens
-from advisor.shell import mps
+from advisor.shell import contention, mps
+from advisor.shell.core_probe import core_speeds
 from advisor.shell.engines import SERVED_NAME, EngineFailed, Engines, Launch
 from advisor.shell.gpu import Nvml, Sampler
 from advisor.shell.host import steal_s
@@ -135,6 +138,8 @@ class _Evidence:
     loads: list[RawLoad] = field(default_factory=list)
     cpu: list[CpuUse] = field(default_factory=list)
     steal_s: float | None = None
+    strangers: list[Stranger] = field(default_factory=list)
+    core_speeds: list[CoreSpeed] = field(default_factory=list)
     gpu: GpuSamples | None = None
     mps: MpsEvidence | None = None
     foreign: list[int] = field(default_factory=list)
@@ -212,6 +217,8 @@ class LoadTrial:
         )
         self._clock.stage("check")
         self._engines.ask_logprobs(self._fixed_prompts(), generated=self._workload.kind == "decode", timeout_s=60.0)
+        # Now that the engines are idle: beside a load the cores would show how busy they are, not how fast.
+        self._seen.core_speeds = core_speeds(self._cores())
         self._start_load()
         self._clock.stage("warm-up")
         self._warm_up()
@@ -311,6 +318,7 @@ class LoadTrial:
         clients_start, servers_start = self._attached()
         engines.count()
         cpu_start, steal_start = self._cpu_times(), steal_s()
+        who_start = contention.read([row.pid for row in cpu_start])
         start = self._clock.now()
         base = self._tokens()[0]
         enough = 1.03 * self._protocol.measure_turnovers * turnover_tokens(self._workload)
@@ -329,12 +337,15 @@ class LoadTrial:
             rate = (tokens - base) / max(end - start, 1e-6)
             self._say(f"measuring {min(1.0, (tokens - base) / enough):.0%}, {rate:,.0f} tokens/s")
         cpu_end, steal_end = self._cpu_times(), steal_s()
+        who_end = contention.read([row.pid for row in cpu_end])
         self._seen.window = (start, end)
         engines.count()
         clients_end, servers_end = self._attached()
         self._seen.foreign = self._foreign(servers_start + servers_end)
         self._seen.steal_s = max(0.0, steal_end - steal_start)
-        self._seen.cpu = _cpu_use(cpu_start, cpu_end)
+        self._seen.cpu = contention.by_thread(_cpu_use(cpu_start, cpu_end), who_start, who_end)
+        ours = {row.pid for row in cpu_start + cpu_end} | self._own_pids()
+        self._seen.strangers = contention.strangers(who_start, who_end, end - start, self._cores(), ours)
         self._seen.mps = MpsEvidence(
             daemon=self._daemon_answers(),
             servers_start=servers_start,
@@ -386,6 +397,14 @@ class LoadTrial:
         assert self._engines is not None
         mine = self._engines.own_pids() | set(servers)
         return sorted(set(self._nvml.compute_processes(self._uuid)) - mine)
+
+    def _cores(self) -> set[int]:
+        return {core for cores in [*self._spec.engine_cores, self._spec.load_cores] for core in cores}
+
+    def _own_pids(self) -> set[int]:
+        assert self._engines is not None
+        daemon = None if self._daemon is None else self._daemon.pid
+        return self._engines.own_pids() | ({daemon} if daemon is not None else set())
 
     def _cpu_times(self) -> list[CpuUse]:
         """CPU seconds so far of every process that takes part."""
@@ -460,6 +479,8 @@ class LoadTrial:
             loads=seen.loads,
             cpu=seen.cpu,
             steal_s=seen.steal_s,
+            strangers=seen.strangers,
+            core_speeds=seen.core_speeds,
             gpu=seen.gpu,
             mps=seen.mps,
             foreign_pids=seen.foreign,

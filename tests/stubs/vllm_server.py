@@ -57,6 +57,8 @@ WEIGHTS_BYTES = 2 << 30
 GPU_BYTES = 150754820096
 TOKENS_PER_S = 4000.0
 STEP_MIN_S = 0.001
+# Of vLLM's histogram of step sizes, as its text has them.
+STEP_BOUNDS = (*(float(2**power) for power in (0, *range(3, 15))), "+Inf")
 FINGERPRINT = f"vllm-{VERSION}-547254ce"
 
 
@@ -367,12 +369,21 @@ class Scheduler:
         self.config = config
         self.running, self.waiting = [], deque()
         self.steps = self.generation_tokens = self.prompt_tokens = 0
+        self.step_sizes = {}  # tokens of a step -> steps
+        self.admitted = 0  # prompt tokens that the next step computes
         self.attached = self.hung = False
         self.wake = asyncio.Event()
 
     def add(self, request):
         self.waiting.append(request)
         self.wake.set()
+
+    def count_step(self, tokens):
+        self.steps += 1
+        self.step_sizes[tokens] = self.step_sizes.get(tokens, 0) + 1
+
+    def steps_up_to(self, tokens):
+        return sum(steps for size, steps in self.step_sizes.items() if size <= float(tokens))
 
     def tokens_per_s(self):
         faults = self.config.faults
@@ -395,6 +406,7 @@ class Scheduler:
             while self.waiting and len(self.running) < self.config.max_num_seqs:
                 request = self.waiting.popleft()
                 self.prompt_tokens += request.prompt_tokens
+                self.admitted += request.prompt_tokens
                 self.running.append(request)
             now_s = time.monotonic()
             due_s = max(due_s, now_s - 0.05) + max(STEP_MIN_S, len(self.running) / rate)
@@ -403,7 +415,8 @@ class Scheduler:
                 await asyncio.sleep(LIFETIME_S)
             self.running = [request for request in self.running if not request.gone]
             if self.running:
-                self.steps += 1
+                self.count_step(self.admitted + len(self.running))
+                self.admitted = 0
                 self.generation_tokens += len(self.running)
                 self.running = [request for request in self.running if not request.step()]
 
@@ -711,7 +724,8 @@ class Server:
         }
         self.scheduler.prompt_tokens += len(tokens)
         self.scheduler.generation_tokens += wanted
-        self.scheduler.steps += wanted
+        for place in range(wanted):
+            self.scheduler.count_step(1 if place else len(tokens) + 1)
         usage = {"prompt_tokens": len(tokens), "total_tokens": len(tokens) + wanted, "completion_tokens": wanted}
         return {
             "id": f"cmpl-{random.getrandbits(64):016x}",
@@ -751,6 +765,10 @@ class Server:
             "# HELP vllm:generation_tokens_total Number of generation tokens processed.",
             "# TYPE vllm:generation_tokens_total counter",
             *(f"vllm:{name}{{{labels}}} {float(value)}" for name, value in counters.items()),
+            *(
+                f'vllm:iteration_tokens_total_bucket{{{labels},le="{bound}"}} {float(scheduler.steps_up_to(bound))}'
+                for bound in STEP_BOUNDS
+            ),
             "vllm:cache_config_info{" + ",".join(f'{name}="{value}"' for name, value in cache.items()) + "} 1.0",
         ]
         return "\n".join(lines) + "\n"
