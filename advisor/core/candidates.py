@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from advisor.core import limits, numerics, tuning
 from advisor.core.contenders import Contender
 from advisor.core.estimate import gain
-from advisor.core.records import Candidate, EngineSettings, Manifest, Value
+from advisor.core.records import Candidate, EngineSettings, Manifest, StepShares, Value
 from advisor.core.search import LeftOut, Outline
 from advisor.core.tried import Tried, slug
 
@@ -94,12 +94,18 @@ def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
         tokens_per_joule=shown.tokens_per_joule if shown else None,
         limited_by=limit.what if limit else None,
         limit_evidence=limit.evidence if limit else None,
+        steps=_steps(one) if shown else None,
         starts=len(one.starts) or None,
         curve=one.curve,
         worst_product_error=error,
         why_not=one.why or None,
         trial=slug(one.shown.spec),
     )
+
+
+def _steps(one: Contender) -> StepShares | None:
+    seen = limits.step_shares(one.shown.raw)
+    return seen and StepShares(graphed=seen.graphed, ungraphed=seen.ungraphed, mean_tokens=seen.mean_tokens)
 
 
 def left_out(manifest: Manifest, one: LeftOut, checks: Sequence[Tried]) -> Candidate:

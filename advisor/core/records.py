@@ -473,6 +473,16 @@ class CurvePoint(Record, frozen=True):
     trial: str
 
 
+class StepShares(Record, frozen=True):
+    """Engine steps of a window by size: shares of those that can run as a captured graph, and of larger ones, and the
+    mean of prompt and output tokens in a step.
+    """
+
+    graphed: float
+    ungraphed: float
+    mean_tokens: float
+
+
 class WaterfallStep(Record, frozen=True):
     """What one change brought by itself: the rate after it over the rate before it. Factors multiply to the gain."""
 
@@ -506,6 +516,7 @@ class Candidate(Record, frozen=True):
     tokens_per_joule: float | None = None
     limited_by: str | None = None
     limit_evidence: str | None = None
+    steps: StepShares | None = None
     starts: int | None = None
     curve: list[CurvePoint] = []
     worst_product_error: float | None = None

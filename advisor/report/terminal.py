@@ -32,6 +32,15 @@ OUTCOME_IN_WORDS: dict[Outcome, str] = {
     "invalid": "invalid",
     "skipped": "skipped",
 }
+LIMIT_IN_WORDS = {
+    "load_generator": "the load generator",
+    "gpu": "the GPU",
+    "engine_core": "the engine core's thread",
+    "api_server": "the API server",
+    "token_budget": "the token budget",
+    "kv_cache": "the KV cache",
+    "unattributed": "nothing that stands out",
+}
 SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 # Header and whether its cells stand to the right. The first three say what was tried, the rest what came of it.
@@ -83,6 +92,7 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
         yield from verdict
     yield from _where_from(report, width)
     yield from _over_loads(report)
+    yield from _bullets("What limits them", _limits(report), width)
     yield from _bullets("What MPS costs", _cost(report), width)
     yield from _bullets("Why not the others", _why_not(report), width)
     yield from _how_to_run(report, width)
@@ -277,6 +287,18 @@ def _verdict(report: Report, width: int) -> Iterator[Line]:
 
 def _cost(report: Report) -> list[str]:
     return report.recommendation.cost_of_mps if report.recommendation.mps else []
+
+
+def _limits(report: Report) -> list[str]:
+    """Of the default engine and of what is advised, or of the fastest where nothing is."""
+    measured = [one for one in report.candidates if one.limited_by and one.limit_evidence]
+    chosen = _chosen(report) or max(measured, key=lambda one: _value(one.throughput_tok_per_s), default=None)
+    shown = [one for one in measured if one is report.candidates[0] or one is chosen]
+    return [f"{_name(one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})" for one in shown]
+
+
+def _value(rate: Value | None) -> float:
+    return rate.value if rate else 0.0
 
 
 def _why_not(report: Report) -> list[str]:
