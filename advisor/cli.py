@@ -102,12 +102,20 @@ def profile(
         str | None,
         typer.Option(help="Hugging Face id, folder with config.json, or a shipped model name.", metavar="M"),
     ] = None,
-    ctx: Annotated[int | None, typer.Option(min=1, help="Prompt length in tokens (ISL).", metavar="N")] = None,
-    osl: Annotated[int, typer.Option(min=1, help="Output length in tokens.")] = 128,
+    ctx: Annotated[
+        str | None, typer.Option(help="Prompt length in tokens (ISL); 256:2048 for mixed lengths.", metavar="N|A:B")
+    ] = None,
+    osl: Annotated[
+        str, typer.Option(help="Output length in tokens; 64:256 for mixed lengths.", metavar="N|A:B")
+    ] = "128",
     workload: Annotated[WorkloadName, typer.Option(help="What the requests look like.")] = WorkloadName.serve,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests in flight in total, equal for all candidates.")
-    ] = 256,
+        str,
+        typer.Option(
+            help="Requests in flight in total, equal for all candidates; auto: as many as the tuned engine grows with.",
+            metavar="N|auto",
+        ),
+    ] = "256",
     max_engines: Annotated[int, typer.Option(min=1, help="Never try more engines than this.")] = 8,
     thread_percentages: Annotated[
         str, typer.Option(help="auto (100/N, 150/N, 200/N), none, or a list like 40,60.", metavar="auto|none|LIST")
@@ -118,6 +126,14 @@ def profile(
             help="What MPS has to bring over the best without it, lower bound included. "
             "[default: 10%; in a replay what was recorded]",
             metavar="PCT",
+        ),
+    ] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            help="Latency to keep to: ttft, itl or e2e with p50, p95 or p99, like ttft_p95=200ms,itl_p95=30ms. The "
+            "verdict is the highest throughput that does.",
+            metavar="LIST",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
@@ -145,13 +161,14 @@ def profile(
 
     asked = profiling.Asked(
         model=model,
-        ctx=ctx,
-        osl=osl,
+        ctx=None if ctx is None else _lengths(ctx, "--ctx"),
+        osl=_lengths(osl, "--osl"),
         workload=workload.value,
-        concurrency=concurrency,
+        concurrency=_concurrency(concurrency),
         max_engines=max_engines,
         thread_percentages=_percentages(thread_percentages),
         min_gain=None if min_gain is None else _share(min_gain, "--min-gain"),
+        slo=None if slo is None else _objectives(slo),
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
@@ -195,6 +212,33 @@ def _percentages(text: str) -> Literal["auto", "none"] | list[int]:
     if not all(1 <= percentage <= 100 for percentage in wanted):
         raise BadQuestion(f"--thread-percentages is “{text}”; each has to be from 1 to 100")
     return wanted
+
+
+def _lengths(text: str, option: str) -> tuple[int, tuple[int, int] | None]:
+    """A length in tokens, or the mean of a range and the range."""
+    from advisor.core.workload import mean_and_range
+
+    try:
+        return mean_and_range(text)
+    except ValueError as error:
+        raise BadQuestion(f"{option}: {error}") from None
+
+
+def _concurrency(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise BadQuestion(f"--concurrency is “{text}”; a whole number from 1 on, or auto, is expected")
+    return int(text)
+
+
+def _objectives(text: str) -> dict[str, float]:
+    from advisor.core.slo import parse
+
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise BadQuestion(f"--slo: {error}") from None
 
 
 def _share(text: str, option: str) -> float:

@@ -22,13 +22,13 @@ from advisor.core import plan as planning
 from advisor.core.errors import BadQuestion, NoHonestAnswer, NotRecorded, Unfit
 from advisor.core.model import check_context, facts
 from advisor.core.records import (
+    FULL,
     SCHEMA_VERSION,
     EngineSettings,
     GpuFacts,
     HostFacts,
     Manifest,
     ModelFacts,
-    Protocol,
     Question,
     Report,
     Software,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_MIN_GAIN = 0.10
+FIRST_LOAD = 256  # what --concurrency auto tunes the engine at before it looks for the load
 DRY_RUN_GPU = "gpus/h200.yaml"
 
 
@@ -57,13 +58,14 @@ class Asked:
     """The options of `profile`, as given."""
 
     model: str | None
-    ctx: int | None
-    osl: int
+    ctx: tuple[int, tuple[int, int] | None] | None  # mean, and the range of mixed lengths
+    osl: tuple[int, tuple[int, int] | None]
     workload: WorkloadKind
-    concurrency: int
+    concurrency: int | Literal["auto"]
     max_engines: int
     thread_percentages: Literal["auto", "none"] | list[int]
     min_gain: float | None
+    slo: dict[str, float] | None
     dtype: str
     quantization: str | None
     kv_cache_dtype: str
@@ -77,19 +79,33 @@ class Asked:
 def _workload(asked: Asked) -> Workload:
     if asked.ctx is None:
         raise BadQuestion("--ctx is missing; give the prompt length in tokens, for example --ctx 1024")
-    osl = 1 if asked.workload == "prefill" else asked.osl
-    return Workload(kind=asked.workload, isl=asked.ctx, osl=osl, concurrency=asked.concurrency)
+    (isl, isl_range), (osl, osl_range) = asked.ctx, asked.osl
+    if asked.workload == "decode" and (isl_range or osl_range):
+        raise BadQuestion("--workload decode holds every request at one context; give --ctx and --osl one length each")
+    if asked.workload == "prefill":
+        osl, osl_range = 1, None
+    return Workload(
+        kind=asked.workload,
+        isl=isl,
+        osl=osl,
+        concurrency=FIRST_LOAD if asked.concurrency == "auto" else asked.concurrency,
+        isl_range=isl_range,
+        osl_range=osl_range,
+    )
 
 
 def _question(asked: Asked, model: ModelFacts) -> Question:
     workload = _workload(asked)
-    check_context(model, workload.isl, workload.osl)
-    apart = spread(workload.kind, workload.isl, workload.osl, model.max_context)
+    longest = as_served(workload)
+    check_context(model, longest.isl, longest.osl)
+    apart = 0 if workload.osl_range else spread(workload.kind, longest.isl, workload.osl, model.max_context)
     return Question(
         workload=msgspec.structs.replace(workload, osl_spread=apart),
         max_engines=asked.max_engines,
         thread_percentages=asked.thread_percentages,
         min_gain=DEFAULT_MIN_GAIN if asked.min_gain is None else asked.min_gain,
+        slo=asked.slo or {},
+        concurrency_auto=asked.concurrency == "auto",
     )
 
 
@@ -132,12 +148,12 @@ def replayed(asked: Asked, where: str) -> Report:
     if where == "auto":
         if asked.model is None or workload is None:
             raise BadQuestion("--replay auto needs --model and --ctx to choose a recorded run; or give --replay DIR")
-        folder = replay.choose(asked.model, workload)
+        folder = replay.choose(asked.model, workload, auto=asked.concurrency == "auto")
         manifest = folder.manifest()
     else:
         folder = replay.open_run(Path(where))
         manifest = folder.manifest()
-        if not replay.fits(manifest, asked.model, workload):
+        if not replay.fits(manifest, asked.model, workload, auto=asked.concurrency == "auto"):
             raise NotRecorded(f"{where} answers another question: {replay.describe(manifest)}")
     for option, wanted, recorded in (
         ("--quantization", asked.quantization, manifest.model.quantization),
@@ -156,9 +172,12 @@ def replayed(asked: Asked, where: str) -> Report:
         if wanted is not None and wanted != recorded:
             raise NotRecorded(f"{folder.path.name} was recorded with {option} {recorded or 'none'}, not {wanted}")
     # How the evidence is judged is today's question; which trials there are is the recorded one's.
+    question = manifest.question
     if asked.min_gain is not None:
-        question = msgspec.structs.replace(manifest.question, min_gain=asked.min_gain)
-        manifest = msgspec.structs.replace(manifest, question=question)
+        question = msgspec.structs.replace(question, min_gain=asked.min_gain)
+    if asked.slo is not None:
+        question = msgspec.structs.replace(question, slo=asked.slo)
+    manifest = msgspec.structs.replace(manifest, question=question)
     return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True)
 
 
@@ -354,7 +373,7 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         created=now(),
         question=question,
-        protocol=Protocol(),
+        protocol=FULL,
         model=model,
         gpu=gpu,
         host=host,

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from sites import QUESTION, assert_nothing_left, codes, engine_cores, live, wait_for
 
 from advisor.core import tried
+from advisor.core.contention import contention, unevenness
 from advisor.core.errors import Unfit
 from advisor.shell import engines, mps, processes
 
@@ -37,6 +39,10 @@ def test_two_engines_under_mps_give_a_trial_that_may_count_and_leave_nothing(sit
         "start engines", "check", "warm-up", "window", "drain", "teardown",
     ]  # fmt: skip
     assert raw.gpu is not None and raw.gpu.sm_active_pct and raw.gpu.power_w
+    for engine in raw.engines:
+        steps = engine.counters_end.steps_by_tokens
+        assert steps["inf"] == engine.counters_end.engine_steps > engine.counters_start.steps_by_tokens["inf"]
+        assert list(steps)[:3] == ["1", "8", "16"] and list(steps.values()) == sorted(steps.values())
     assert_nothing_left(raw)
     assert raw.teardown is not None
     assert any("SIGTERM to API servers" in step for step in raw.teardown.steps)
@@ -55,6 +61,38 @@ def test_a_trial_with_prompts_and_answers_of_mixed_lengths_may_count(site):
     # All generators serve all engines: none of them is an engine's own.
     loads = [use for use in raw.cpu if use.role == "load"]
     assert len(loads) == len(raw.spec.load_cores) and {use.engine for use in loads} == {None}
+
+
+# ---------------------------------------------------------------- the cores
+
+
+def test_a_trial_tells_how_fast_its_cores_are_and_names_none_of_its_own_as_a_stranger(site):
+    raw = site.run(2)
+
+    assert [speed.core for speed in raw.core_speeds] == [0]  # all engines' and generators', on this bench
+    own = {use.pid for use in raw.cpu} | {engine.api_server_pid for engine in raw.engines} | set(raw.mps.servers_start)
+    assert not own & {stranger.pid for stranger in raw.strangers}
+    if Path("/proc/self/schedstat").exists():
+        assert all(use.waited_s is not None and use.waited_s >= 0 for use in raw.cpu)
+    assert unevenness(raw) is None
+    # This machine may be busy with something else: then, and only then, that is told.
+    loud = [stranger for stranger in raw.strangers if stranger.cpu_s > 0.1 * (raw.window[1] - raw.window[0])]
+    assert (contention(raw) is not None) == bool(loud)
+
+
+def test_work_of_others_on_an_engines_core_is_named(site):
+    busy = "import os; os.sched_setaffinity(0, {0})\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", busy]) as hog:
+        try:
+            raw = site.run(1, mps=False)
+        finally:
+            hog.kill()
+
+    found = [stranger for stranger in raw.strangers if stranger.pid == hog.pid]
+    assert [stranger.core for stranger in found] == [0]
+    told = contention(msgspec.structs.replace(raw, strangers=found))
+    assert told is not None and told.startswith(f"PID {hog.pid} (python")
+    assert "of core 0, which engine 0 and the load generators share" in told
 
 
 # ---------------------------------------------------------------- evidence that is rejected
@@ -289,6 +327,19 @@ def test_an_advisor_that_is_killed_takes_its_engines_with_it(bench):
         process.kill()
         process.communicate(timeout=10)
     wait_for(lambda: not bench.processes(), 10.0)
+
+
+def test_engine_steps_are_summed_over_labels_and_their_bounds_written_one_way() -> None:
+    from advisor.shell.engines import _metrics
+
+    lines = [
+        f'vllm:iteration_tokens_total_bucket{{engine="{engine}",le="{bound}",model_name="m"}} {count}'
+        for engine in (0, 1)
+        for bound, count in (("1.0", 2.0), ("512.0", 10.0), ("1.048576e+06", 11.0), ("+Inf", 12.0))
+    ]
+    values, steps, _ = _metrics("\n".join([*lines, 'vllm:iteration_tokens_total_count{engine="0"} 24.0']))
+    assert steps == {"1": 4.0, "512": 20.0, "1048576": 22.0, "inf": 24.0}
+    assert values == {"vllm:iteration_tokens_total_count": 24.0}
 
 
 def test_every_engine_gets_a_block_of_ports_that_the_kernel_does_not_deal_out() -> None:

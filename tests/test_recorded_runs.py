@@ -93,6 +93,15 @@ def contradictions(then, now, where="report"):
         yield f"{where} is {now!r}, not {then!r}"
 
 
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_every_measured_candidate_says_what_limited_it(folder: Path):
+    report = replay(folder)
+    measured = [one for one in report.candidates if one.throughput_tok_per_s]
+    assert measured and all(one.limited_by and one.limit_evidence for one in measured)
+    assert all(one.limited_by == "gpu" for one in measured if one.gpu_idle_pct < 10)
+    assert not {caution.code for caution in report.warnings} & {"cpu_contention", "uneven_cores"}
+
+
 def test_what_was_found_on_the_h200_stays_found():
     small = replay(ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024")
     assert (small.recommendation.engines, small.recommendation.mps) == (4, True)

@@ -1,6 +1,7 @@
 """Which trials may count, and what a reader must know about those that do."""
 
 import math
+from typing import get_args
 
 import msgspec
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw import changed
 
+from advisor.core.cautions import REMEDIES, caution, cautions, teardown_cautions
 from advisor.core.measure import measure
-from advisor.core.records import MpsEvidence, Protocol, Workload
-from advisor.core.validity import cautions, judge, teardown_cautions
+from advisor.core.records import CautionCode, CoreSpeed, MpsEvidence, Protocol, Stranger, Workload
+from advisor.core.validity import judge
 
 TRIAL = raw.trial()
 ALONE = raw.trial(2, mps=False)
@@ -474,6 +476,20 @@ def test_evidence_that_contradicts_itself_is_damage(path, value):
     assert codes(changed(TRIAL, path, value)) == {"damaged"}
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("cpu.2.waited_s", math.nan),
+        ("strangers", [Stranger(pid=7, name="x", cpu_s=-1.0, core=0)]),
+        ("core_speeds", [CoreSpeed(core=0, seconds=math.inf)]),
+        ("engines.0.counters_end.steps_by_tokens", {"512": math.nan}),
+        ("engines.0.counters_start.steps_by_tokens", {"512": 5.0}),
+    ],
+)
+def test_damage_in_what_is_known_of_cores_and_steps_is_damage_too(path, value):
+    assert codes(changed(TRIAL, path, value)) == {"damaged"}
+
+
 def test_negative_log_probabilities_and_signals_are_no_damage():
     assert codes(changed(changed(TRIAL, "engines.0.exit_code", -15), "engines.0.prompt_logprobs", [[-9.5]])) == set()
 
@@ -570,6 +586,11 @@ def test_a_trial_without_a_teardown_is_a_caution_unless_another_one_of_its_start
 def test_a_little_memory_more_or_an_unknown_amount_is_no_caution():
     assert caution_codes(changed(TRIAL, "teardown.memory_after_bytes", 500 * 2**20)) == set()
     assert caution_codes(changed(TRIAL, "teardown.memory_after_bytes", None)) == set()
+
+
+def test_every_code_has_its_remedy():
+    assert set(REMEDIES) == set(get_args(CautionCode))
+    assert all(caution(code, "Text.").remedy == remedy for code, remedy in REMEDIES.items())
 
 
 def test_every_caution_says_what_to_do():

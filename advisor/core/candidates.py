@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from advisor.core import numerics, tuning
+from advisor.core import limits, numerics, tuning
 from advisor.core.contenders import Contender
 from advisor.core.estimate import gain
-from advisor.core.records import Candidate, EngineSettings, Manifest, Value
+from advisor.core.records import Candidate, EngineSettings, Manifest, StepShares, Value
 from advisor.core.search import LeftOut, Outline
 from advisor.core.tried import Tried, slug
 
@@ -33,9 +33,12 @@ class Field:
         return None
 
     def eligible(self, one: Contender) -> bool:
-        """Whether it may be advised. Settings that were tried and not kept are shown, but are no way to run; one
-        engine under MPS only shows what MPS costs.
+        """Whether it may be advised. What was not started again lost on its first start: a second look at that start
+        alone must not let it win. One engine under MPS only shows what MPS costs; settings that were tried and not
+        kept are no way to run.
         """
+        if len(one.attempts) < self.manifest.protocol.starts:
+            return False
         if one.engines > 1:
             return True
         kept = self.tuned or self.default
@@ -69,6 +72,7 @@ def _finite(error: float | None) -> float | None:
 def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
     shown = one.shown.measurement
     error, sms = _numerics_of(checks, one.percentage)
+    limit = limits.limited_by(one.shown.raw, shown) if shown else None
     return Candidate(
         engines=one.engines,
         mps=one.mps,
@@ -88,12 +92,20 @@ def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
         sm_active_pct=shown.sm_active_pct if shown else None,
         gpu_idle_pct=shown.gpu_idle_pct if shown else None,
         tokens_per_joule=shown.tokens_per_joule if shown else None,
+        limited_by=limit.what if limit else None,
+        limit_evidence=limit.evidence if limit else None,
+        steps=_steps(one) if shown else None,
         starts=len(one.starts) or None,
         curve=one.curve,
         worst_product_error=error,
         why_not=one.why or None,
         trial=slug(one.shown.spec),
     )
+
+
+def _steps(one: Contender) -> StepShares | None:
+    seen = limits.step_shares(one.shown.raw)
+    return seen and StepShares(graphed=seen.graphed, ungraphed=seen.ungraphed, mean_tokens=seen.mean_tokens)
 
 
 def left_out(manifest: Manifest, one: LeftOut, checks: Sequence[Tried]) -> Candidate:

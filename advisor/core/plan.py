@@ -1,6 +1,6 @@
 """What `profile` may come to run, for `--dry-run`: the trials, and roughly how long each takes. Pure.
 
-`search.decide` decides for real, from what has been measured. This lists every way it can go.
+`search.Search` decides for real, from what has been measured. This lists every way it can go.
 The seconds are estimates from one H200 with vLLM 0.26; another machine may be well outside them.
 """
 
@@ -24,6 +24,16 @@ NUMERICS_S: Span = (20.0, 120.0)
 # (7B) and 81,000 (0.5B) with one engine, 268,000 (0.5B) with four; 0.4e14 to 2.2e14. With some room on both sides.
 SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S = 4e4, 1e14
 FAST_TOK_PER_S, FAST_PARAMETER_TOK_PER_S = 6e5, 3e14
+
+
+# What `tuning.steps` may try, in its order; the first and the last need no idle GPU.
+TUNING = (
+    "graphs up to the load, if it is beyond the default ones",
+    "two API servers, if the GPU waits",
+    "vLLM's Rust front end, if the GPU waits",
+    "8 tokens per streamed piece, if the GPU waits",
+    "twice the token budget",
+)
 
 
 class PlannedTrial(Record, frozen=True):
@@ -61,8 +71,9 @@ def trial_plan(
         question.workload.concurrency,
         MPS_CLIENTS,
     )
-    trial_s = _trial_s(question.workload, model, protocol or Protocol())
-    return list(_trials(question, model, most, trial_s)) if most >= 1 else []
+    protocol = protocol or Protocol()
+    trial_s = _trial_s(question.workload, model, protocol)
+    return list(_trials(question, model, most, trial_s, protocol)) if most >= 1 else []
 
 
 def total_s(plan: Sequence[PlannedTrial]) -> Span:
@@ -71,14 +82,32 @@ def total_s(plan: Sequence[PlannedTrial]) -> Span:
     return shortest, sum(trial.estimated_s_high for trial in plan)
 
 
-def _trials(question: Question, model: ModelFacts, most: int, trial_s: Span) -> Iterator[PlannedTrial]:
-    def load(
-        engines: int | None, purpose: str, *, mps: bool, percentage: int | None = None, certain: bool = False
-    ) -> PlannedTrial:
-        start_s = FIRST_START_S if engines == 1 and not mps else LATER_START_S
-        return _planned("load", engines, mps, percentage, purpose, certain, _sum(start_s, trial_s, TEARDOWN_S))
+def _trials(
+    question: Question, model: ModelFacts, most: int, trial_s: Span, protocol: Protocol
+) -> Iterator[PlannedTrial]:
+    curve_s = len(protocol.curve) * (protocol.warmup_min_s + protocol.curve_min_s)
 
-    yield load(1, "the default engine, which every gain is measured against", mps=False, certain=True)
+    def load(
+        engines: int | None,
+        purpose: str,
+        *,
+        mps: bool,
+        percentage: int | None = None,
+        certain: bool = False,
+        start_s: Span = LATER_START_S,
+        more_s: float = 0.0,
+    ) -> PlannedTrial:
+        # Smaller loads turn over faster or slower than the full one: the shortest windows, and twice that.
+        span_s = _sum(start_s, trial_s, TEARDOWN_S, (more_s, 2 * more_s))
+        return _planned("load", engines, mps, percentage, purpose, certain, span_s)
+
+    first = "the default engine, which every gain is measured against"
+    yield load(1, first, mps=False, certain=True, start_s=FIRST_START_S)
+    if protocol.tune:
+        for purpose in TUNING:
+            yield load(1, purpose, mps=False)
+    if question.concurrency_auto:
+        yield load(1, "the tuned engine at 32, 64, 128 … in flight, until that brings under 5 %", mps=False)
     if most >= 2:
         yield load(2, "what a second engine brings without MPS", mps=False, certain=True)
         yield load(2, "what MPS adds to that", mps=True, certain=True)
@@ -87,6 +116,9 @@ def _trials(question: Question, model: ModelFacts, most: int, trial_s: Span) -> 
         winner = 2 if most == 2 else None
         if winner is None:
             yield load(None, "the winning number without MPS, if it is not 2", mps=False)
+        if protocol.equal_budget:
+            yield load(winner, "one engine's token budget divided among them, without MPS", mps=False)
+            yield load(winner, "the same under MPS", mps=True)
         shares = _shares(question, model, winner)
         if shares:
             purpose = "are the model's matrix products right under the thread percentages"
@@ -95,6 +127,17 @@ def _trials(question: Question, model: ModelFacts, most: int, trial_s: Span) -> 
             purpose = f"{share} of the threads each, only if the products are right there"
             yield load(winner, purpose, mps=True, percentage=percentage)
     yield load(1, "what MPS itself costs", mps=True, certain=True)
+    if protocol.starts > 1:
+        again = "once more" if protocol.starts == 2 else f"{protocol.starts - 1} times more"
+        also = ", and at smaller loads" if protocol.curve else ""
+        if protocol.tune:
+            yield load(1, f"the tuned engine {again}{also}", mps=False, more_s=curve_s)
+        if most >= 2:
+            yield load(None, f"the best without MPS {again}{also}", mps=False, more_s=curve_s)
+            yield load(None, f"the best under MPS {again}{also}", mps=True, certain=True, more_s=curve_s)
+        yield load(
+            1, f"the default engine {again}{also}: does the machine drift", mps=False, certain=True, more_s=curve_s
+        )
 
 
 def _planned(

@@ -207,8 +207,12 @@ def _explain(
     ratio = 1 / _gain_over(choice, one).value
     if ratio < 1 / AS_GOOD:
         why = f"{(1 - ratio) * 100:.0f} % slower than what is advised"
+    elif one.mps and one.engines == 1:
+        why = "shows what MPS itself costs"
+    elif len(one.attempts) < field.manifest.protocol.starts:
+        why = "no faster than what is advised by more than 3 % on its first start, and so not started again"
     elif not field.eligible(one):
-        why = "shows what MPS itself costs" if one.mps else "brought less than 3 % over the settings it was tried on"
+        why = "brought less than 3 % over the settings it was tried on"
     elif _simplicity(candidate) > _simplicity(chosen) and ratio <= AS_GOOD:
         why = "no more than 3 % faster than what is advised, and less simple"
     elif one.mps and not choice.mps:

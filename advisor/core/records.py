@@ -22,6 +22,11 @@ TrialKind = Literal["load", "numerics"]
 Source = Literal["measured", "predicted", "bound", "vendor"]
 Outcome = Literal["ok", "infeasible", "oom", "crash", "timeout", "not_attached", "wrong_results", "invalid", "skipped"]
 Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused"]
+CautionCode = Literal[
+    "coalesced", "coarse_stream", "cpu_contention", "drift", "dummy_weights", "load_busy", "memory_left",
+    "not_measured", "power_capped", "preemptions", "processes_left", "repeated", "settings_unverified", "steal",
+    "teardown_unproven", "throttled", "uneven_cores", "unequal_engines", "young_front_end",
+]  # fmt: skip
 Status = Literal["recommend", "inconclusive", "infeasible", "no_slo"]
 
 
@@ -432,7 +437,7 @@ class Percentiles(Record, frozen=True):
 class Caution(Record, frozen=True):
     """Something the reader must know, with what to do about it."""
 
-    code: str
+    code: CautionCode
     text: str
     remedy: str
 
@@ -475,6 +480,16 @@ class CurvePoint(Record, frozen=True):
     trial: str
 
 
+class StepShares(Record, frozen=True):
+    """Engine steps of a window by size: shares of those that can run as a captured graph, and of larger ones, and the
+    mean of prompt and output tokens in a step.
+    """
+
+    graphed: float
+    ungraphed: float
+    mean_tokens: float
+
+
 class WaterfallStep(Record, frozen=True):
     """What one change brought by itself: the rate after it over the rate before it. Factors multiply to the gain."""
 
@@ -508,6 +523,7 @@ class Candidate(Record, frozen=True):
     tokens_per_joule: float | None = None
     limited_by: str | None = None
     limit_evidence: str | None = None
+    steps: StepShares | None = None
     starts: int | None = None
     curve: list[CurvePoint] = []
     worst_product_error: float | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from advisor.core import validity
+import msgspec
+
 from advisor.core.candidates import Field
+from advisor.core.cautions import caution, teardown_cautions
 from advisor.core.estimate import Start, quoted_rate
 from advisor.core.records import Caution
 from advisor.core.tried import Tried, slug
@@ -26,22 +28,21 @@ def _of_trials(tried: Sequence[Tried]) -> Iterator[Caution]:
     # One teardown ends all windows of a start, and stands in the last of them.
     proven = {one.raw.started for one in tried if one.raw.teardown is not None and one.raw.started is not None}
     for one in tried:
-        unproven = validity.teardown_cautions(one.raw, proven) if one.measurement is not None else ()
-        for caution in (*one.cautions, *unproven):
-            seen.setdefault((caution.code, caution.remedy), (caution, []))[1].append(slug(one.spec))
-    for caution, where in seen.values():
+        unproven = teardown_cautions(one.raw, proven) if one.measurement is not None else ()
+        for told in (*one.cautions, *unproven):
+            seen.setdefault((told.code, told.remedy), (told, []))[1].append(slug(one.spec))
+    for told, where in seen.values():
         more = f" (and {len(where) - 1} more trials)" if len(where) > 1 else ""
-        yield Caution(code=caution.code, text=f"{where[0]}{more}: {caution.text}", remedy=caution.remedy)
+        yield msgspec.structs.replace(told, text=f"{where[0]}{more}: {told.text}")
 
 
 def _not_measured(field: Field) -> Iterator[Caution]:
     for one in field.all:
         if not one.starts and one.outcome in _ACCIDENTS:
-            yield Caution(
-                code="not_measured",
-                text=f"{slug(one.shown.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was "
+            yield caution(
+                "not_measured",
+                f"{slug(one.shown.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was "
                 "reached without it.",
-                remedy="Look at why, then measure again with another --out.",
             )
 
 
@@ -49,11 +50,7 @@ def _repeated(field: Field) -> Iterator[Caution]:
     for contender in field.all:
         for one in contender.attempts[:-1]:
             if one.outcome in _ACCIDENTS:
-                yield Caution(
-                    code="repeated",
-                    text=f"{slug(one.spec)} was run once more: {one.why}",
-                    remedy="Nothing, when it stays a rarity; else keep other work off this machine.",
-                )
+                yield caution("repeated", f"{slug(one.spec)} was run once more: {one.why}")
 
 
 def _drift(field: Field) -> Iterator[Caution]:
@@ -61,26 +58,26 @@ def _drift(field: Field) -> Iterator[Caution]:
     for one in field.all:
         rates = [quoted_rate(Start(start.measurement, start.chooses)) for start in one.starts if start.measurement]
         if len(rates) > 1 and abs(math.log(rates[-1] / rates[0])) > DRIFT_MAX:
-            yield Caution(
-                code="drift",
-                text=f"{slug(one.shown.spec)}: its first start gave {rates[0]:,.0f} tokens/s, its last "
-                f"{rates[-1]:,.0f} ({rates[-1] / rates[0] - 1:+.0%}); the machine changed in between.",
-                remedy="Keep other work off this machine and its host, then measure again.",
+            yield caution(
+                "drift",
+                f"{slug(one.shown.spec)}: its first start gave {rates[0]:,.0f} tokens/s, its last {rates[-1]:,.0f} "
+                f"({rates[-1] / rates[0] - 1:+.0%}); the machine changed in between.",
             )
 
 
 def _settings(field: Field) -> Iterator[Caution]:
     kept = field.tuned
     if kept is not None and kept.settings is not None and kept.settings.stream_interval > 1:
-        yield Caution(
-            code="coarse_stream",
-            text=f"The tuned engine sends {kept.settings.stream_interval} tokens at a time, so that text arrives in "
-            "pieces.",
-            remedy="If single tokens have to arrive as they are made, set an objective for ITL (--slo itl_p95=…).",
+        yield caution(
+            "coarse_stream",
+            f"The tuned engine sends {kept.settings.stream_interval} tokens at a time, so that text arrives in pieces.",
+        )
+    if kept is not None and kept.settings is not None and kept.settings.rust_front_end:
+        yield caution(
+            "young_front_end",
+            "The tuned engine uses vLLM's Rust front end, which knows not all of vLLM's options.",
         )
     if field.manifest.model.weights == "dummy":
-        yield Caution(
-            code="dummy_weights",
-            text="Weights are dummies of the right shape: speed is measured, the texts mean nothing.",
-            remedy="Download the model first to measure with its own weights and tokenizer.",
+        yield caution(
+            "dummy_weights", "Weights are dummies of the right shape: speed is measured, the texts mean nothing."
         )

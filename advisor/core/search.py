@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 
 import msgspec
 
-from advisor.core import cores, memory, numerics, settings, tuning
+from advisor.core import cores, memory, numerics, settings, slo, tuning
 from advisor.core.records import EngineSettings, Manifest, Outcome, Record, TrialSpec
 from advisor.core.tried import Tried, candidate, key
 from advisor.core.workload import as_served
@@ -59,7 +59,7 @@ class Search:
         self._single: Tried | None = None  # the tuned engine's first start at full load
         self._left_out: list[LeftOut] = []
         self._results: dict[str, Tried] = {}  # by trial
-        self._best: dict[bool, Tried] = {}  # the fastest of several engines, by whether under MPS
+        self._several_tried: list[Tried] = []  # first starts of several engines at full load
 
     def story(self) -> Generator[TrialSpec, Tried, Outline]:
         """default · tuning · 2 without MPS · 2, 3, 4 … under MPS · the winner's variants · second starts, in order."""
@@ -117,7 +117,6 @@ class Search:
                 break
             best, self._tuned, self._manifest = result.rate, base, _asking(asked, load)
             load *= 2
-        self._best.clear()
 
     def _several(self, one_engine: float) -> Chapter:
         """Several engines: without MPS, under MPS until another one adds too little, then the winner's variants."""
@@ -199,9 +198,14 @@ class Search:
         """Second starts of what the verdict is made of, each with the loads of its curve; the default engine last, so
         that a drift of the machine shows between its first start and this one.
         """
-        without = max((one for one in (self._single, self._best.get(False)) if one), key=lambda one: one.rate)
         last = candidate(default.spec)
-        finalists = {candidate(one.spec): one for one in (self._single, without, self._best.get(True)) if one}
+        objectives = self._manifest.question.slo
+        several = []
+        for mps in (False, True):
+            family = [one for one in self._several_tried if one.spec.mps == mps]
+            keeping = [one for one in family if one.measurement and slo.meets(one.measurement, objectives)]
+            several += [simplest_best(family), simplest_best(keeping)]
+        finalists = {candidate(one.spec): one for one in (self._single, *several) if one}
         finalists.pop(last, None)
         for one in (*finalists.values(), default):
             if not one.ok:
@@ -229,9 +233,8 @@ class Search:
         if result.outcome in ("invalid", "crash", "timeout", "not_attached"):
             result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
         self._results[key(spec)] = result
-        several = self._best.get(spec.mps)
-        if result.ok and spec.engines > 1 and (several is None or result.rate > several.rate) and not spec.repeat:
-            self._best[spec.mps] = result
+        if spec.engines > 1 and not spec.repeat:
+            self._several_tried.append(result)
         return result
 
     def _spec(
@@ -295,12 +298,15 @@ def _cannot_check(manifest: Manifest) -> str:
 
 
 def simplest_best(tried: Sequence[Tried]) -> Tried | None:
-    """The fewest engines within 3 % of the best of these, None when none is ok."""
+    """The simplest within 3 % of the best of these: fewest engines, then no thread percentage; None when none is ok."""
     ok = [one for one in tried if one.ok]
     if not ok:
         return None
     best = max(one.rate for one in ok)
-    return min((one for one in ok if one.rate * WORTH_IT >= best), key=lambda one: one.spec.engines)
+    return min(
+        (one for one in ok if one.rate * WORTH_IT >= best),
+        key=lambda one: (one.spec.engines, one.spec.thread_percentage is not None),
+    )
 
 
 def percentages(manifest: Manifest, engines: int) -> list[int]:

@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 
-from advisor.core.records import CurvePoint, Percentiles
+from advisor.core.records import CurvePoint, Measurement, Percentiles
+
+Seen = CurvePoint | Measurement  # whatever has latencies
 
 _OBJECTIVE = re.compile(r"(ttft|itl|e2e)_(p50|p95|p99)\s*=\s*([\d.]+)\s*(ms|s)?", re.IGNORECASE)
 
@@ -35,7 +37,7 @@ def parse(text: str) -> dict[str, float]:
     return limits
 
 
-def worst(point: CurvePoint, slo: Mapping[str, float]) -> tuple[float, str]:
+def worst(point: Seen, slo: Mapping[str, float]) -> tuple[float, str]:
     """The objective that a point is worst at: its latency as a share of the limit, and the objective's name.
 
     At most 1.0: the point meets all of them. A latency that was not seen meets nothing (infinite).
@@ -43,7 +45,7 @@ def worst(point: CurvePoint, slo: Mapping[str, float]) -> tuple[float, str]:
     return max((_latency_ms(point, name) / limit, name) for name, limit in slo.items())
 
 
-def meets(point: CurvePoint, slo: Mapping[str, float]) -> bool:
+def meets(point: Seen, slo: Mapping[str, float]) -> bool:
     """Whether a point keeps to every objective; to none there are, every point does."""
     return not slo or worst(point, slo)[0] <= 1.0
 
@@ -53,7 +55,7 @@ def shown(slo: Mapping[str, float]) -> str:
     return ", ".join(f"{_words(name)} ≤ {limit:g} ms" for name, limit in slo.items())
 
 
-def told(point: CurvePoint, name: str) -> str:
+def told(point: Seen, name: str) -> str:
     """“TTFT p95 is 312 ms”."""
     return f"{_words(name)} is {_latency_ms(point, name):,.0f} ms"
 
@@ -63,7 +65,7 @@ def _words(name: str) -> str:
     return f"{what.upper()} {percentile}"
 
 
-def _latency_ms(point: CurvePoint, name: str) -> float:
+def _latency_ms(point: Seen, name: str) -> float:
     what, percentile = name.split("_")
     seen: Percentiles | None = getattr(point, f"{what}_ms")
     return math.inf if seen is None else float(getattr(seen, percentile))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from advisor.core import measure, validity
+from advisor.core import cautions, measure, validity
 from advisor.core.estimate import choosing_rate
 from advisor.core.records import Caution, Measurement, Outcome, RawTrial, Record, TrialSpec
 
@@ -49,8 +49,8 @@ def judge(raw: RawTrial) -> Tried:
     faults = validity.judge(raw)
     if not faults:
         measurement = measure.measure(raw)
-        cautions = validity.cautions(raw, measurement)
-        return Tried(spec=raw.spec, raw=raw, outcome="ok", measurement=measurement, why="", cautions=cautions)
+        told = cautions.cautions(raw, measurement)
+        return Tried(spec=raw.spec, raw=raw, outcome="ok", measurement=measurement, why="", cautions=told)
     outcome = _outcome_of_ending(raw)
     if outcome == "invalid" and any(fault.code == "not_attached" for fault in faults):
         outcome = "not_attached"

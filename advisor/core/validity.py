@@ -1,20 +1,19 @@
-"""May a trial count, and if not, why? And what must a reader know about one that may?
+"""May a trial count, and if not, why?
 
-A fault makes a trial worthless for a verdict: the numbers would be about something else than what was asked. A
-caution leaves it standing. Evidence that should be there and is not is a fault too: a trial proves itself.
+A fault makes a trial worthless for a verdict: the numbers would be about something else than what was asked. What
+leaves it standing is a caution (`cautions`). Evidence that should be there and is not is a fault: a
+trial proves itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 
 from advisor.core.measure import block_edges, cpu_pct, rates_between, tokens_between
 from advisor.core.records import (
-    Caution,
     EngineSettings,
     LogHistogram,
-    Measurement,
     MpsEvidence,
     Protocol,
     RawEngine,
@@ -24,30 +23,17 @@ from advisor.core.records import (
     ServerCounters,
     Workload,
 )
-from advisor.core.workload import prompt_range, shares, turnover_tokens
+from advisor.core.workload import prompt_range, turnover_tokens
 
 FAILED_SHARE_MAX = 0.001
 PREFIX_HIT_SHARE_MAX = 0.005
 TOKEN_MISMATCH_MAX = 0.05
 LOAD_BOUND_PCT = 90.0
-LOAD_BUSY_PCT = 70.0
-FAIR_SHARE_MIN = 0.7
 # The halves of a window differ by less than this in steady state, and so does the whole window from its blocks (an
 # engine that swings to a full stop once per turnover by up to 0.1); more is a level shift.
 UNSTEADY_LOG = 0.15
-STEAL_SHARE_MAX = 0.01
-COALESCED_MAX = 1.05
-MEMORY_LEFT_BYTES = 512 * 2**20
-# NVML's clocks event reasons (nvml.h): the software power cap, and the four that mean overheating or a power fault.
-POWER_CAP = 0x4
-THROTTLES = {
-    0x8: "hardware slowdown",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
-}
 _SLACK_S = 1e-6  # times that differ by less are the same time: sums of bin widths are not exact
-_COMPARED_SETTINGS = (
+COMPARED_SETTINGS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "max_cudagraph_capture_size",
@@ -136,6 +122,7 @@ def _counters_advance(before: ServerCounters, after: ServerCounters) -> bool:
         and before.prompt_tokens <= after.prompt_tokens
         and before.prefix_cache_hits <= after.prefix_cache_hits
         and before.preemptions <= after.preemptions
+        and all(steps <= after.steps_by_tokens.get(bound, 0.0) for bound, steps in before.steps_by_tokens.items())
     )
 
 
@@ -168,6 +155,9 @@ def _walk(item: object, path: str) -> Iterator[str]:
     elif isinstance(item, Record):
         for name in item.__struct_fields__:
             yield from _walk(getattr(item, name), f"{path}.{name}")
+    elif isinstance(item, dict):
+        for key, each in item.items():
+            yield from _walk(each, f"{path}.{key}")
     elif isinstance(item, list | tuple):
         for index, each in enumerate(item):
             yield from _walk(each, f"{path}[{index}]")
@@ -182,7 +172,7 @@ def _mps_faults(raw: RawTrial) -> Iterator[Fault]:
     elif raw.spec.mps:
         yield from _attachment_faults(raw, raw.mps)
     elif raw.mps.daemon or _pids(raw.mps):
-        found = f"PIDs {_list(_pids(raw.mps))}" if _pids(raw.mps) else "a daemon"
+        found = f"PIDs {pid_list(_pids(raw.mps))}" if _pids(raw.mps) else "a daemon"
         yield Fault(code="mps_present", text=f"the trial was to run without MPS, but MPS answered ({found})")
 
 
@@ -190,7 +180,7 @@ def _foreign_faults(raw: RawTrial) -> Iterator[Fault]:
     if raw.foreign_pids:
         yield Fault(
             code="foreign_process",
-            text=f"PID {_list(set(raw.foreign_pids))} used the GPU during the window but is no part of the trial",
+            text=f"PID {pid_list(set(raw.foreign_pids))} used the GPU during the window but is no part of the trial",
         )
 
 
@@ -205,23 +195,26 @@ def _attachment_faults(raw: RawTrial, mps: MpsEvidence) -> Iterator[Fault]:
     if len(first) != 1 or first != last:
         yield Fault(
             code="server_changed",
-            text=f"expected one MPS server throughout; at the window's start {_list(first)}, at its end {_list(last)}",
+            text=f"expected one MPS server throughout; at the window's start {pid_list(first)}, "
+            f"at its end {pid_list(last)}",
         )
     cores = {engine.engine_core_pid for engine in raw.engines if engine.engine_core_pid is not None}
     for when, clients in (("start", set(mps.clients_start)), ("end", set(mps.clients_end))):
         if cores - clients:
             yield Fault(
                 code="not_attached",
-                text=f"at the window's {when}, engine core PID {_list(cores - clients)} was not attached to MPS",
+                text=f"at the window's {when}, engine core PID {pid_list(cores - clients)} was not attached to MPS",
             )
         if clients - cores:
             yield Fault(
                 code="foreign_client",
-                text=f"at the window's {when}, PID {_list(clients - cores)} was attached to MPS but is no engine core",
+                text=f"at the window's {when}, PID {pid_list(clients - cores)} was attached to MPS "
+                "but is no engine core",
             )
 
 
-def _list(pids: set[int]) -> str:
+def pid_list(pids: set[int]) -> str:
+    """PIDs for a reader, in order."""
     return ", ".join(str(pid) for pid in sorted(pids)) or "none"
 
 
@@ -239,7 +232,7 @@ def _engine_faults(raw: RawTrial, window: tuple[float, float]) -> Iterator[Fault
         if engine.engine_core_pid is None:
             yield Fault(code="missing_engine", text=f"engine {engine.engine}: no engine core process was found")
     if len(set(pids)) != len(pids):
-        yield Fault(code="missing_engine", text=f"several engines share an engine core process ({_list(set(pids))})")
+        yield Fault(code="missing_engine", text=f"several engines share an engine core process ({pid_list(set(pids))})")
     teardown_s = min((stage.start_s for stage in raw.timeline if stage.name == "teardown"), default=window[1])
     for engine in raw.engines:
         # An engine that ends at teardown does as it is told; `died_s` dates the others.
@@ -264,7 +257,7 @@ def _kv_faults(engines: Sequence[RawEngine]) -> Iterator[Fault]:
 
 
 def _settings_faults(engine: RawEngine, settings: EngineSettings) -> Iterator[Fault]:
-    for name in _COMPARED_SETTINGS:
+    for name in COMPARED_SETTINGS:
         asked, got = str(getattr(settings, name)), engine.resolved.get(name)
         if got is not None and got.strip().lower() != asked.lower():
             yield Fault(
@@ -441,148 +434,4 @@ def _token_faults(number: int, load: RawLoad, before: ServerCounters, after: Ser
         yield Fault(
             code="tokens_disagree",
             text=f"engine {number}: the client counted {client:.0f} output tokens/s, the server {server:.0f}",
-        )
-
-
-# ---------------------------------------------------------------- cautions
-
-
-def cautions(raw: RawTrial, measurement: Measurement) -> list[Caution]:
-    """What the reader of a trial that counts must know. Meant for trials without faults.
-
-    Codes: `throttled` `power_capped` `steal` `preemptions` `coalesced` `load_busy` `unequal_engines`
-    `settings_unverified` `memory_left` `processes_left`. `teardown_cautions` has one more.
-    """
-    if raw.window is None or raw.spec.workload is None:
-        return []
-    return [
-        *_clock_cautions(raw, raw.window),
-        *_cpu_cautions(raw, measurement),
-        *_server_cautions(raw),
-        *_unverified(raw),
-        *_balance_cautions(raw, raw.spec.workload, raw.window),
-        *_leftover_cautions(raw),
-    ]
-
-
-def _clock_cautions(raw: RawTrial, window: tuple[float, float]) -> Iterator[Caution]:
-    if raw.gpu is None:
-        return
-    seen = [
-        reasons
-        for at, reasons in zip(raw.gpu.at_s, raw.gpu.throttle_reasons, strict=True)
-        if reasons is not None and window[0] <= at <= window[1]
-    ]
-    found = [name for bit, name in THROTTLES.items() if any(reasons & bit for reasons in seen)]
-    if found:
-        yield Caution(
-            code="throttled",
-            text=f"The GPU lowered its clocks during the window ({', '.join(found)}); another run may be faster.",
-            remedy="Check cooling and power supply (nvidia-smi -q -d PERFORMANCE), then measure again.",
-        )
-    capped = sum(1 for reasons in seen if reasons & POWER_CAP)
-    if capped:
-        yield Caution(
-            code="power_capped",
-            text=f"The GPU ran at its power limit in {capped / len(seen) * 100:.0f} % of the window's samples, "
-            "as a busy GPU may.",
-            remedy="Compare only with GPUs that have the same power limit.",
-        )
-
-
-def _cpu_cautions(raw: RawTrial, measurement: Measurement) -> Iterator[Caution]:
-    if measurement.load_cpu_pct is not None and measurement.load_cpu_pct > LOAD_BUSY_PCT:
-        yield Caution(
-            code="load_busy",
-            text=f"A load generator used {measurement.load_cpu_pct:.0f} % of its core and may have added latency.",
-            remedy="Give the load generators faster or more cores.",
-        )
-    cores = {core for group in raw.spec.engine_cores for core in group} | set(raw.spec.load_cores)
-    if raw.steal_s is not None and cores:
-        stolen = raw.steal_s / (measurement.window_s * len(cores))
-        if stolen > STEAL_SHARE_MAX:
-            yield Caution(
-                code="steal",
-                text=f"The hypervisor took {stolen * 100:.1f} % of the cores' time during the window.",
-                remedy="Measure on a machine whose cores are not shared.",
-            )
-
-
-def _server_cautions(raw: RawTrial) -> Iterator[Caution]:
-    preempted = sum(
-        engine.counters_end.preemptions - engine.counters_start.preemptions
-        for engine in raw.engines
-        if engine.counters_start is not None and engine.counters_end is not None
-    )
-    if preempted > 0:
-        yield Caution(
-            code="preemptions",
-            text=f"vLLM preempted {preempted:.0f} requests during the window: the KV cache was too small for the load.",
-            remedy="Lower --concurrency, or give each engine more KV cache.",
-        )
-    chunks, tokens = sum(load.chunks for load in raw.loads), sum(sum(load.tokens) for load in raw.loads)
-    if chunks and tokens / chunks > COALESCED_MAX:
-        yield Caution(
-            code="coalesced",
-            text=f"Streamed chunks held {tokens / chunks:.2f} tokens on average: an API server was behind its engine, "
-            "so latencies between tokens are coarser than they look.",
-            remedy="Give the API servers more cores, or try more of them (--api-server-count).",
-        )
-
-
-def _unverified(raw: RawTrial) -> Iterator[Caution]:
-    missing = sorted({name for engine in raw.engines for name in _COMPARED_SETTINGS if name not in engine.resolved})
-    if missing:
-        yield Caution(
-            code="settings_unverified",
-            text=f"vLLM's log does not tell what it resolved for {', '.join(missing)}; what was asked for is assumed.",
-            remedy="Use a vLLM version that this mps-advisor knows, or check the engines' logs.",
-        )
-
-
-def _balance_cautions(raw: RawTrial, workload: Workload, window: tuple[float, float]) -> Iterator[Caution]:
-    # Every engine may take new requests as fast as it answers old ones, so fair is the same of the output for each. A
-    # decode wave is dealt once: there it is as much as the requests that the engine was dealt.
-    total = tokens_between(raw.loads, *window)
-    engines = raw.spec.engines
-    parts = shares(workload.concurrency, engines) if workload.kind == "decode" else [1] * engines
-    for load in raw.loads:
-        fair = total * parts[load.engine] / sum(parts)
-        got = tokens_between([load], *window)
-        if got < FAIR_SHARE_MIN * fair:
-            yield Caution(
-                code="unequal_engines",
-                text=f"Engine {load.engine} gave {got / fair * 100:.0f} % of its fair share of the output tokens.",
-                remedy="Look at its log and its cores; behind a router that deals in turn it would set the pace.",
-            )
-
-
-def teardown_cautions(raw: RawTrial, proven: Set[str]) -> Iterator[Caution]:
-    """What is missing about a trial's end: `teardown_unproven`. `proven` are the starts whose end is on record."""
-    if raw.teardown is None and raw.started not in proven:
-        yield Caution(
-            code="teardown_unproven",
-            text="Nothing was recorded about how the trial was cleared away.",
-            remedy="Check with nvidia-smi that no process is left on the GPU.",
-        )
-
-
-def _leftover_cautions(raw: RawTrial) -> Iterator[Caution]:
-    done = raw.teardown
-    if done is None:
-        return
-    if done.left_pids or done.daemon_left:
-        left = [f"PID {_list(set(done.left_pids))}"] if done.left_pids else []
-        left += ["the MPS daemon"] if done.daemon_left else []
-        yield Caution(
-            code="processes_left",
-            text=f"After the trial {' and '.join(left)} was still there.",
-            remedy="End what is left before measuring again: it takes memory and time from later trials.",
-        )
-    before, after = done.memory_before_bytes, done.memory_after_bytes
-    if before is not None and after is not None and after - before > MEMORY_LEFT_BYTES:
-        yield Caution(
-            code="memory_left",
-            text=f"{(after - before) / 2**20:.0f} MiB of GPU memory were not given back after the trial.",
-            remedy="Find the process that holds it (nvidia-smi) and end it before measuring again.",
         )

@@ -21,12 +21,12 @@ def waterfall(
 ) -> list[WaterfallStep] | None:
     """The steps to the `choice`, or, where no MPS is advised, to the best that MPS gives: a step may well be a loss.
 
-    None without a tuned engine or without several engines under MPS and without it, to credit the steps to. A step
-    that changed nothing is left out.
+    None where the default or the tuned engine has no rate, or no number of engines was measured both under MPS and
+    without it. A step that changed nothing is left out.
     """
-    if default is None or tuned is None:
+    if default is None or tuned is None or not default.ok or not tuned.ok:
         return None
-    last = choice if choice is not None and choice.mps else _best(everyone, mps=True)
+    last = choice if choice is not None and choice.mps else _best_with_a_rival(everyone)
     if last is None:
         return None
     unrestricted = last if last.percentage is None else _like(everyone, last, mps=True)
@@ -53,12 +53,11 @@ def _step(step: str, change: str, before: Contender, after: Contender) -> Waterf
     return WaterfallStep(step=step, change=change, factor=gain(after.estimate, before.estimate), trials=trials)
 
 
-def _best(everyone: Sequence[Contender], *, mps: bool) -> Contender | None:
-    return max(
-        (one for one in everyone if one.ok and one.mps == mps and one.engines > 1),
-        key=lambda one: one.rate,
-        default=None,
-    )
+def _best_with_a_rival(everyone: Sequence[Contender]) -> Contender | None:
+    """The fastest under MPS of those that were also measured without it; what was started twice goes first."""
+    several = [one for one in everyone if one.ok and one.mps and one.engines > 1]
+    with_rival = [one for one in several if _like(everyone, one, mps=False) is not None]
+    return max(with_rival, key=lambda one: (len(one.starts), one.rate), default=None)
 
 
 def _like(everyone: Sequence[Contender], last: Contender, *, mps: bool) -> Contender | None:

@@ -58,32 +58,32 @@ def sentence(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold
     """What to run, and what that brings over the other ways to run."""
     objectives = field.manifest.question.slo
     under = f" Under {slo.shown(objectives)}." if objectives else ""
-    one_engine = "one engine"
-    tuned = ""
-    if field.tuned is not None and field.tuned is not field.default:
-        one_engine = "the default engine"
-        tuned = f", {times(choice.gain_vs_tuned)} the tuned one" if choice.engines > 1 else ""
+    tuned = field.tuned is not None and field.tuned is not field.default
+    over = [_over(choice.gain_vs_default, "the default engine" if tuned else "one engine")]
+    if tuned and choice.engines > 1:
+        over.append(_over(choice.gain_vs_tuned, "the tuned one"))
     if choice.mps:
+        if field.best_without is not None:
+            over.append(f"{times(choice.gain_vs_best_without_mps)} without MPS")
         share = (
             f"{choice.thread_percentages[0]} % of the threads each"
             if choice.thread_percentages
             else "no thread percentage"
         )
-        against = f", {times(choice.gain_vs_best_without_mps)} without MPS" if field.best_without else ""
-        return (
-            f"Run {choice.engines} engines under MPS, {share}: "
-            f"{times(choice.gain_vs_default)} {one_engine}{tuned}{against}.{under}"
-        )
+        return f"Run {choice.engines} engines under MPS, {share}: {', '.join(over)}.{under}"
     rival = best_under_mps(ok)
     against = ""
     if rival is not None:
         against = f" MPS brings {times(rival.gain_vs_best_without_mps)} at best; {threshold:.2f}× is asked."
-    if choice.engines == 1:
-        what = name(field, choice)
-        gained = f": {times(choice.gain_vs_default)} the default engine" if what != "1 engine" else ", leave MPS alone"
-        return f"Run {what}{gained}.{against}{under}"
-    gained = f"{times(choice.gain_vs_default)} {one_engine}{tuned}"
-    return f"Run {choice.engines} engines without MPS: {gained}.{against}{under}"
+    if choice.engines > 1:
+        return f"Run {choice.engines} engines without MPS: {', '.join(over)}.{against}{under}"
+    what = name(field, choice)
+    gained = ", leave MPS alone" if what == "1 engine" else f", leave MPS alone: {over[0]}"
+    return f"Run {what}{gained}.{against}{under}"
+
+
+def _over(gain: Value | None, what: str) -> str:
+    return f"{what} keeps to it at no load" if gain is None else f"{times(gain)} {what}"
 
 
 def rival_missing(field: Field, choice: Candidate, candidates: Sequence[Candidate]) -> str:
@@ -105,7 +105,7 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
             f"{name(field, choice)}: {rate(choice):,.0f} tokens/s; the best without MPS is {name(field, best_without)} "
             f"with {rate(best_without):,.0f}."
         )
-        if best_without.engines > 1:
+        if best_without.engines > 1 and best_without.gain_vs_default is not None:
             reasons.append(
                 f"Of the gain over one engine, {times(best_without.gain_vs_default)} needs no MPS, "
                 f"only {best_without.engines} engines."

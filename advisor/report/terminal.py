@@ -9,11 +9,13 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from string import ascii_lowercase
 
 from rich.console import Console
 from rich.text import Text
 
 from advisor.core.records import Candidate, Outcome, Percentiles, Report, Value, Workload
+from advisor.core.tuning import words
 from advisor.core.workload import prompt_range
 
 MISSING = "–"
@@ -29,6 +31,15 @@ OUTCOME_IN_WORDS: dict[Outcome, str] = {
     "wrong_results": "wrong results",
     "invalid": "invalid",
     "skipped": "skipped",
+}
+LIMIT_IN_WORDS = {
+    "load_generator": "the load generator",
+    "gpu": "the GPU",
+    "engine_core": "the engine core's thread",
+    "api_server": "the API server",
+    "token_budget": "the token budget",
+    "kv_cache": "the KV cache",
+    "unattributed": "nothing that stands out",
 }
 SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -79,6 +90,9 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
     yield from _table(report, width)
     if decided:
         yield from verdict
+    yield from _where_from(report, width)
+    yield from _over_loads(report)
+    yield from _bullets("What limits them", _limits(report), width)
     yield from _bullets("What MPS costs", _cost(report), width)
     yield from _bullets("Why not the others", _why_not(report), width)
     yield from _how_to_run(report, width)
@@ -135,7 +149,8 @@ def _outputs(load: Workload) -> str:
 def _table(report: Report, width: int) -> Iterator[Line]:
     candidates = sorted(report.candidates, key=_simplicity)
     chosen = _chosen(report)
-    cells = [_cells(one, report.gpu.sms, one is chosen) for one in candidates]
+    marks = _marks(report)
+    cells = [_cells(one, report.gpu.sms, marks.get(_changes(report, one), ""), one is chosen) for one in candidates]
     done = [row for row, one in zip(cells, candidates, strict=True) if one.outcome == "ok"]
     widths = [
         max(len(header), *(len(row[index]) for row in (cells if index < WHAT else done)), 0)
@@ -159,6 +174,8 @@ def _table(report: Report, width: int) -> Iterator[Line]:
         what = join(row[:WHAT]) + "    "
         style = "red" if one.outcome == "wrong_results" else "dim"
         yield from ((line, style) for line in wrap(what + _failure(one), width, " " * len(what)))
+    for change, mark in marks.items():
+        yield from ((line, "dim") for line in wrap(f" [{mark}] {change}", width, "     "))
 
 
 def _simplicity(one: Candidate) -> tuple[int, bool, int]:
@@ -181,9 +198,20 @@ def _chosen(report: Report) -> Candidate | None:
     return next((one for one in same if one.settings == advice.settings), same[0] if same else None)
 
 
-def _cells(one: Candidate, all_sms: int, chosen: bool) -> list[str]:
+def _marks(report: Report) -> dict[str, str]:
+    """What candidates' settings change of the default engine's, in words, each with a letter to refer to it by."""
+    changes = dict.fromkeys(_changes(report, one) for one in report.candidates)
+    return {change: ascii_lowercase[n % 26] for n, change in enumerate(filter(None, changes))}
+
+
+def _changes(report: Report, one: Candidate) -> str:
+    default = report.candidates[0].settings
+    return "" if default is None or one.settings is None else ", ".join(words(one.settings, default))
+
+
+def _cells(one: Candidate, all_sms: int, mark: str, chosen: bool) -> list[str]:
     return [
-        ("►" if chosen else " ") + str(one.engines),
+        ("►" if chosen else " ") + str(one.engines) + (f" [{mark}]" if mark else ""),
         "yes" if one.mps else "no" if one.engines > 1 else MISSING,
         _sms(one, all_sms),
         _rate(one.throughput_tok_per_s),
@@ -261,6 +289,18 @@ def _cost(report: Report) -> list[str]:
     return report.recommendation.cost_of_mps if report.recommendation.mps else []
 
 
+def _limits(report: Report) -> list[str]:
+    """Of the default engine and of what is advised, or of the fastest where nothing is."""
+    measured = [one for one in report.candidates if one.limited_by and one.limit_evidence]
+    chosen = _chosen(report) or max(measured, key=lambda one: _value(one.throughput_tok_per_s), default=None)
+    shown = [one for one in measured if one is report.candidates[0] or one is chosen]
+    return [f"{_name(one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})" for one in shown]
+
+
+def _value(rate: Value | None) -> float:
+    return rate.value if rate else 0.0
+
+
 def _why_not(report: Report) -> list[str]:
     """Candidates that worked and lost; those that failed say why in the table."""
     return [
@@ -278,6 +318,47 @@ def _name(one: Candidate) -> str:
     if one.mps:
         return f"{name} under MPS"
     return f"{name} without MPS" if one.engines > 1 else name
+
+
+def _where_from(report: Report, width: int) -> Iterator[Line]:
+    """The waterfall: what each change brought by itself, and the product."""
+    steps = report.waterfall
+    if not steps:
+        return
+    yield "", ""
+    yield "Where the gain comes from:", "bold"
+    whole = 1.0
+    for step in steps:
+        whole *= step.factor.value
+        yield from ((line, "") for line in wrap(f"  {_factor(step.factor):<22}{clean(step.change)}", width, " " * 24))
+    yield f"  {whole:.2f}× together, over the default engine", ""
+
+
+def _factor(gain: Value) -> str:
+    if gain.low is None or gain.high is None:
+        return f"{gain.value:.2f}×"
+    return f"{gain.value:.2f}× ({gain.low:.2f} to {gain.high:.2f})"
+
+
+def _over_loads(report: Report) -> Iterator[Line]:
+    """Throughput and latency at each load of the candidates that were measured at several."""
+    curves = [one for one in report.candidates if len(one.curve) > 1]
+    if not curves:
+        return
+    marks = _marks(report)
+    rows = [("", "in flight", "tok/s", "TTFT p95", "ITL p95", "E2E p95")]
+    for one in curves:
+        mark = marks.get(_changes(report, one), "")
+        for index, point in enumerate(one.curve):
+            who = "" if index else _name(one) + (f" [{mark}]" if mark else "")
+            times = (_p95(point.ttft_ms), _p95(point.itl_ms), _p95(point.e2e_ms))
+            rows.append((who, str(point.concurrency), _rate(point.throughput_tok_per_s), *times))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    yield "", ""
+    yield "Over the load:", "bold"
+    for index, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True))]
+        yield "  " + "  ".join(cells).rstrip(), "dim" if index == 0 else ""
 
 
 def _bullets(heading: str, points: Sequence[str], width: int) -> Iterator[Line]:

@@ -111,8 +111,8 @@ class _Engine:
             status, body = self.request("GET", "/metrics", timeout_s=10.0)
         except (OSError, http.client.HTTPException):
             return 0.0
-        counted = _counters(_metrics(body.decode(errors="replace"))[0], 0.0) if status == 200 else None
-        return counted.running + counted.waiting if counted else 0.0
+        values = _metrics(body.decode(errors="replace"))[0] if status == 200 else {}
+        return values.get("vllm:num_requests_running", 0.0) + values.get("vllm:num_requests_waiting", 0.0)
 
     def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
@@ -253,8 +253,8 @@ class Engines:
             except (OSError, http.client.HTTPException):
                 continue
             if status == 200:
-                values, engine.cache = _metrics(body.decode(errors="replace"))
-                engine.counters.append(_counters(values, self._now()))
+                values, steps, engine.cache = _metrics(body.decode(errors="replace"))
+                engine.counters.append(_counters(values, steps, self._now()))
 
     def ask_logprobs(self, prompts: Sequence[str], *, generated: bool, timeout_s: float) -> None:
         """Log-probabilities of fixed prompts' tokens (or, where the cache is filled by a stand-in, of generated ones).
@@ -409,19 +409,29 @@ def _signal_name(code: int | None) -> str:
         return f"signal {-code}"
 
 
-def _metrics(text: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Sums of vLLM's metrics over their labels, and the labels of its cache configuration."""
+def _metrics(text: str) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Sums of vLLM's metrics over their labels, its engine steps by tokens, the labels of its cache configuration."""
     values: dict[str, float] = {}
+    steps: dict[str, float] = {}
     cache: dict[str, str] = {}
     for name, labels, value in _METRIC.findall(text):
         if name == "vllm:cache_config_info":
             cache = dict(_LABEL.findall(labels))
+        elif name == "vllm:iteration_tokens_total_bucket":
+            bound = _bound(dict(_LABEL.findall(labels)).get("le", "+Inf"))
+            steps[bound] = steps.get(bound, 0.0) + float(value)
         else:
             values[name] = values.get(name, 0.0) + float(value)
-    return values, cache
+    return values, steps, cache
 
 
-def _counters(values: Mapping[str, float], at_s: float) -> ServerCounters:
+def _bound(text: str) -> str:
+    """A bucket's upper bound as it is recorded: "512.0" is "512", "+Inf" is "inf"."""
+    bound = float(text)
+    return str(int(bound)) if bound.is_integer() else str(bound)
+
+
+def _counters(values: Mapping[str, float], steps: dict[str, float], at_s: float) -> ServerCounters:
     def of(name: str) -> float:
         return values.get(f"vllm:{name}", 0.0)
 
@@ -434,6 +444,7 @@ def _counters(values: Mapping[str, float], at_s: float) -> ServerCounters:
         engine_steps=of("iteration_tokens_total_count"),
         running=of("num_requests_running"),
         waiting=of("num_requests_waiting"),
+        steps_by_tokens=steps,
     )
 
 

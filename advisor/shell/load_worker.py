@@ -98,7 +98,7 @@ class Calibration(Record, frozen=True):
 
 
 class Tick(Record, frozen=True):
-    """Progress so far, over all engines. `tokens` counts content events, one each unless the server coalesced some.
+    """Progress so far, over all engines. `tokens` counts content events, each as many tokens as in whole answers.
 
     `gave_up` names an engine and its last error after 50 failures in a row; from then on nothing more is sent.
     """
@@ -327,6 +327,7 @@ class ClosedLoop:
         self.exchanges: list[Exchange] = []
         self.errors: list[list[str]] = [[] for _ in range(engines)]
         self.completed = [0] * engines
+        self._whole_tokens = self._whole_events = 0
         self.failed = [0] * engines
         self.in_flight = 0
         self.gave_up: str | None = None
@@ -370,6 +371,8 @@ class ClosedLoop:
             self.in_flight -= 1
             self._board.give_back(engine)
         self.completed[engine] += 1
+        self._whole_tokens += exchange.tokens or 0
+        self._whole_events += sum(exchange.events)
         self._failed_in_a_row[engine] = 0
         return True
 
@@ -397,13 +400,17 @@ class ClosedLoop:
     def tick(self) -> Tick:
         return Tick(
             at_s=self._client.now_s(),
-            tokens=self._client.events,
+            tokens=round(self._client.events * self._tokens_per_event()),
             completed=sum(self.completed),
             failed=sum(self.failed),
             in_flight=self.in_flight,
             cpu_s=time.process_time(),
             gave_up=self.gave_up,
         )
+
+    def _tokens_per_event(self) -> float:
+        """As whole answers have it so far: a server may send several tokens in one event (`--stream-interval`)."""
+        return self._whole_tokens / self._whole_events if self._whole_events else 1.0
 
     def result(self, window: tuple[float, float] | None) -> list[RawLoad]:
         """Everything seen, by engine. What was cut off at the end of the drain is sent, neither completed nor failed.

@@ -35,31 +35,47 @@ def shipped_runs() -> list[RunFolder]:
 
 def describe(manifest: Manifest) -> str:
     workload = manifest.question.workload
+    load = "auto" if manifest.question.concurrency_auto else workload.concurrency
     return (
-        f"{manifest.model.name} --ctx {workload.isl} --osl {workload.osl} --workload {workload.kind} "
-        f"--concurrency {workload.concurrency} ({manifest.gpu.name})"
+        f"{manifest.model.name} --ctx {_length(workload.isl, workload.isl_range)} "
+        f"--osl {_length(workload.osl, workload.osl_range)} --workload {workload.kind} --concurrency {load} "
+        f"({manifest.gpu.name})"
     )
 
 
-def choose(model: str | None, workload: Workload | None) -> RunFolder:
+def _length(mean: int, between: tuple[int, int] | None) -> str:
+    return f"{between[0]}:{between[1]}" if between else str(mean)
+
+
+def choose(model: str | None, workload: Workload | None, *, auto: bool = False) -> RunFolder:
     """The shipped run that fits a question exactly. Raises NotRecorded that lists what there is."""
     runs = [(folder, folder.manifest()) for folder in shipped_runs()]
-    # Among runs of the same question the one whose requests are as a live run would send them now comes first.
-    fitting = [(folder, manifest) for folder, manifest in runs if fits(manifest, model, workload)]
+    fitting = [(folder, manifest) for folder, manifest in runs if fits(manifest, model, workload, auto=auto)]
     if fitting:
-        return max(fitting, key=lambda run: run[1].question.workload.osl_spread)[0]
+        # Among runs of the same question the one that was recorded as a live run would be now comes first.
+        return max(fitting, key=lambda run: (run[1].question.workload.osl_spread, run[1].protocol.starts))[0]
     listing = "\n".join(f"  {describe(manifest)}" for _, manifest in runs) or "  none"
     raise NotRecorded(f"no recorded run fits this question; those that are shipped:\n{listing}")
 
 
-def fits(manifest: Manifest, model: str | None, workload: Workload | None) -> bool:
-    """Whether a recorded run answers this question. None leaves a side open."""
+def fits(manifest: Manifest, model: str | None, workload: Workload | None, *, auto: bool = False) -> bool:
+    """Whether a recorded run answers this question. None leaves a side open; `auto`: the load is to be found."""
     same_model = model is None or _same_model(model, manifest.model)
     asked = manifest.question.workload
     return same_model and (
         workload is None
-        or (workload.kind, workload.isl, workload.osl, workload.concurrency, workload.isl_range, workload.osl_range)
-        == (asked.kind, asked.isl, asked.osl, asked.concurrency, asked.isl_range, asked.osl_range)
+        or (
+            auto == manifest.question.concurrency_auto
+            and (
+                workload.kind,
+                workload.isl,
+                workload.osl,
+                workload.concurrency,
+                workload.isl_range,
+                workload.osl_range,
+            )
+            == (asked.kind, asked.isl, asked.osl, asked.concurrency, asked.isl_range, asked.osl_range)
+        )
     )
 
 

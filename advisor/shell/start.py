@@ -176,6 +176,11 @@ class Start:
             return False
         return mps.answers(self.directory / "empty", self.place.control)
 
+    def own_pids(self) -> set[int]:
+        """Every process of these engines that was ever seen, and the daemon's."""
+        daemon = None if self._daemon is None else self._daemon.pid
+        return self.engines.own_pids() | ({daemon} if daemon is not None else set())
+
     def foreign(self, servers: Sequence[int]) -> list[int]:
         """Processes on the GPU that are neither of these engines nor among `servers`."""
         mine = self.engines.own_pids() | set(servers)

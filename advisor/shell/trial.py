@@ -83,6 +83,8 @@ class LoadTrial:
             loads=seen.loads,
             cpu=seen.cpu,
             steal_s=seen.steal_s,
+            strangers=seen.strangers,
+            core_speeds=seen.core_speeds,
             gpu=seen.gpu,
             mps=seen.mps,
             foreign_pids=seen.foreign,

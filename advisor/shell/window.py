@@ -10,9 +10,21 @@ from dataclasses import dataclass, field
 import msgspec
 
 from advisor.core.loads import by_engine
-from advisor.core.records import CpuUse, GpuSamples, MpsEvidence, Protocol, RawLoad, TrialSpec, Workload
+from advisor.core.records import (
+    CoreSpeed,
+    CpuUse,
+    GpuSamples,
+    MpsEvidence,
+    Protocol,
+    RawLoad,
+    Stranger,
+    TrialSpec,
+    Workload,
+)
 from advisor.core.workload import output_tokens, turnover_tokens
+from advisor.shell import contention
 from advisor.shell.clock import Clock
+from advisor.shell.core_probe import core_speeds
 from advisor.shell.cpu import cpu_times, cpu_use
 from advisor.shell.engines import SERVED_NAME, EngineFailed
 from advisor.shell.gpu import Sampler
@@ -31,6 +43,8 @@ class Seen:
     loads: list[RawLoad] = field(default_factory=list)
     cpu: list[CpuUse] = field(default_factory=list)
     steal_s: float | None = None
+    strangers: list[Stranger] = field(default_factory=list)
+    core_speeds: list[CoreSpeed] = field(default_factory=list)
     gpu: GpuSamples | None = None
     mps: MpsEvidence | None = None
     foreign: list[int] = field(default_factory=list)
@@ -53,6 +67,8 @@ class LoadWindow:
         """Raises EngineFailed, LoadFailed and MpsQueryError; `seen` then holds what there is."""
         self._clock.stage("check")
         self._start.next_window(self._workload)
+        # Now that the engines are idle: beside a load the cores would show how busy they are, not how fast.
+        self.seen.core_speeds = core_speeds(self._cores())
         load = self._start_load()
         self._clock.stage("warm-up")
         self._warm_up()
@@ -130,6 +146,7 @@ class LoadWindow:
         clients_start, servers_start = self._start.attached()
         engines.count()
         cpu_start, steal_start = self._cpu_times(load), steal_s()
+        who_start = contention.read([row.pid for row in cpu_start])
         start = self._clock.now()
         base = self._tokens()[0]
         enough = 1.03 * self._protocol.measure_turnovers * turnover_tokens(self._workload)
@@ -148,12 +165,15 @@ class LoadWindow:
             rate = (tokens - base) / max(end - start, 1e-6)
             self._say(f"measuring {min(1.0, (tokens - base) / enough):.0%}, {rate:,.0f} tokens/s")
         cpu_end, steal_end = self._cpu_times(load), steal_s()
+        who_end = contention.read([row.pid for row in cpu_end])
         self.seen.window = (start, end)
         engines.count()
         clients_end, servers_end = self._start.attached()
         self.seen.foreign = self._start.foreign(servers_start + servers_end)
         self.seen.steal_s = max(0.0, steal_end - steal_start)
-        self.seen.cpu = cpu_use(cpu_start, cpu_end)
+        self.seen.cpu = contention.by_thread(cpu_use(cpu_start, cpu_end), who_start, who_end)
+        ours = {row.pid for row in cpu_start + cpu_end} | self._start.own_pids()
+        self.seen.strangers = contention.strangers(who_start, who_end, end - start, self._cores(), ours)
         self.seen.mps = MpsEvidence(
             daemon=self._start.daemon_answers(),
             servers_start=servers_start,
@@ -184,6 +204,9 @@ class LoadWindow:
             if tick.gave_up is not None:
                 raise EngineFailed("crash", 0, f"requests keep failing: {tick.gave_up}")
         return sum(tick.tokens for tick in ticks), sum(tick.completed for tick in ticks)
+
+    def _cores(self) -> set[int]:
+        return {core for cores in [*self._spec.engine_cores, self._spec.load_cores] for core in cores}
 
     def _cpu_times(self, load: Load) -> list[CpuUse]:
         return cpu_times(self._start.engines, load.pids, self._start.servers())

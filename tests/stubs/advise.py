@@ -4,6 +4,7 @@ Cores are listed several times over, so that a small machine can place several e
 Everything else (processes, daemon, sockets, signals, files) is real.
 """
 
+import os
 import sys
 
 from advisor.core.records import HostFacts, Protocol
@@ -16,7 +17,13 @@ def host_facts(numa_node: int | None) -> HostFacts:
 
 
 def protocol() -> Protocol:
+    """Short windows; tuning, second starts and curves only where a test asks for them, because each is a start."""
+    full = (
+        {"tune": True, "starts": 2, "equal_budget": True, "curve": [0.25, 0.5]} if "ADVISE_FULL" in os.environ else {}
+    )
     return Protocol(
+        **full,
+        curve_min_s=0.8,
         warmup_min_s=0.3,
         measure_min_s=1.2,
         engine_start_timeout_s=8.0,
@@ -33,5 +40,5 @@ if __name__ == "__main__":
     from advisor.shell import host
 
     host.facts = host_facts
-    advisor.profiling.Protocol = protocol
+    advisor.profiling.FULL = protocol()
     sys.exit(main())

@@ -57,6 +57,8 @@ WEIGHTS_BYTES = 2 << 30
 GPU_BYTES = 150754820096
 TOKENS_PER_S = 4000.0
 STEP_MIN_S = 0.001
+# Of vLLM's histogram of step sizes, as its text has them.
+STEP_BOUNDS = (*(float(2**power) for power in (0, *range(3, 15))), "+Inf")
 FINGERPRINT = f"vllm-{VERSION}-547254ce"
 
 
@@ -369,6 +371,8 @@ class Scheduler:
         self.steps = self.generation_tokens = self.prompt_tokens = self.prefix_hits = 0
         self.first_blocks = set()
         self.told = 0, 0  # requests running and waiting, as of the last step: like vLLM, which tells no later
+        self.step_sizes = {}  # tokens of a step -> steps
+        self.admitted = 0  # prompt tokens that the next step computes
         self.attached = self.hung = False
         self.wake = asyncio.Event()
 
@@ -385,6 +389,13 @@ class Scheduler:
         if self.config.prefix_caching and len(tokens) > BLOCK_TOKENS:
             self.prefix_hits += BLOCK_TOKENS if block in self.first_blocks else 0
             self.first_blocks.add(block)
+
+    def count_step(self, tokens):
+        self.steps += 1
+        self.step_sizes[tokens] = self.step_sizes.get(tokens, 0) + 1
+
+    def steps_up_to(self, tokens):
+        return sum(steps for size, steps in self.step_sizes.items() if size <= float(tokens))
 
     def tokens_per_s(self):
         faults = self.config.faults
@@ -407,6 +418,7 @@ class Scheduler:
             while self.waiting and len(self.running) < self.config.max_num_seqs:
                 request = self.waiting.popleft()
                 self.prompt_tokens += request.prompt_tokens
+                self.admitted += request.prompt_tokens
                 self.running.append(request)
             now_s = time.monotonic()
             due_s = max(due_s, now_s - 0.05) + max(STEP_MIN_S, len(self.running) / rate)
@@ -415,7 +427,8 @@ class Scheduler:
                 await asyncio.sleep(LIFETIME_S)
             self.running = [request for request in self.running if not request.gone]
             if self.running:
-                self.steps += 1
+                self.count_step(self.admitted + len(self.running))
+                self.admitted = 0
                 self.generation_tokens += len(self.running)
                 self.running = [request for request in self.running if not request.step()]
                 self.tell()
@@ -725,7 +738,8 @@ class Server:
         }
         self.scheduler.prompt_tokens += len(tokens)
         self.scheduler.generation_tokens += wanted
-        self.scheduler.steps += wanted
+        for place in range(wanted):
+            self.scheduler.count_step(1 if place else len(tokens) + 1)
         self.scheduler.tell()
         usage = {"prompt_tokens": len(tokens), "total_tokens": len(tokens) + wanted, "completion_tokens": wanted}
         return {
@@ -766,6 +780,10 @@ class Server:
             "# HELP vllm:generation_tokens_total Number of generation tokens processed.",
             "# TYPE vllm:generation_tokens_total counter",
             *(f"vllm:{name}{{{labels}}} {float(value)}" for name, value in counters.items()),
+            *(
+                f'vllm:iteration_tokens_total_bucket{{{labels},le="{bound}"}} {float(scheduler.steps_up_to(bound))}'
+                for bound in STEP_BOUNDS
+            ),
             "vllm:cache_config_info{" + ",".join(f'{name}="{value}"' for name, value in cache.items()) + "} 1.0",
         ]
         return "\n".join(lines) + "\n"

@@ -1,0 +1,127 @@
+"""Measure named variations of a candidate, one after another, and record them like the trials of a profile.
+
+    python benchmarks/variations.py --model Qwen/Qwen2.5-0.5B --out DIR [--gpu N] [--limit-s 600] NAME...
+
+A NAME is a number of engines, `m` for MPS, and changes joined by +: `1`, `1+api2`, `2m+budget4096`.
+A name given again is another start of the same.
+
+    rust  apiN  streamN  budgetN  graphsN  noasync     engine settings
+    cores1  unpinned  load1                            cores an engine may use, all for all, load cores
+    warmupX  windowS                                   turnovers of warm-up, seconds of window
+    loadedN                                            requests in flight
+
+Figures from it stand in docs/measurement.md. It takes the same care as `profile`; it only chooses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from advisor import flow, profiling
+from advisor.core import search
+from advisor.core.records import Manifest, Report, TrialSpec
+from advisor.core.tried import Tried, judge
+
+SETTINGS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "rust": lambda _: {"rust_front_end": True},
+    "noasync": lambda _: {"async_scheduling": False},
+    "api": lambda n: {"api_server_count": int(n)},
+    "stream": lambda n: {"stream_interval": int(n)},
+    "budget": lambda n: {"max_num_batched_tokens": int(n)},
+    "graphs": lambda n: {"max_cudagraph_capture_size": int(n)},
+}
+
+
+def variation(manifest: Manifest, name: str, number: int) -> TrialSpec:
+    """The spec of a NAME, the `number`-th of all. Raises ValueError for a word that is none of those above."""
+    first, *words = name.split("+")
+    told, base = [_split(word) for word in words], manifest.settings
+    for word, amount in told:
+        if word in SETTINGS:
+            base = msgspec.structs.replace(base, **SETTINGS[word](amount))
+    spec = search.load_spec(manifest, int(first.rstrip("m")), mps=first.endswith("m"), base=base)
+    assert spec.workload is not None and spec.protocol is not None
+    workload, protocol = spec.workload, spec.protocol
+    changes: dict[str, Any] = {}
+    for word, amount in told:
+        match word:
+            case "cores":
+                changes["engine_cores"] = [cores[: int(amount)] for cores in spec.engine_cores]
+            case "unpinned":
+                everything = sorted({core for cores in spec.engine_cores for core in cores} | set(spec.load_cores))
+                changes["engine_cores"] = [everything] * spec.engines
+            case "load":
+                changes["load_cores"] = spec.load_cores[: int(amount)]
+            case "warmup":
+                protocol = msgspec.structs.replace(protocol, warmup_turnovers=float(amount))
+            case "window":
+                protocol = msgspec.structs.replace(protocol, measure_min_s=float(amount))
+            case "loaded":
+                workload = msgspec.structs.replace(workload, concurrency=int(amount))
+            case _ if word not in SETTINGS:
+                raise ValueError(f"“{word}{amount}” in “{name}” is no variation; see --help")
+    return msgspec.structs.replace(
+        spec, workload=workload, protocol=protocol, label=name.replace("+", "-"), repeat=number, **changes
+    )
+
+
+def _split(word: str) -> tuple[str, str]:
+    letters = word.rstrip("0123456789.")
+    return letters, word[len(letters) :]
+
+
+def told(name: str, one: Tried) -> str:
+    seen = one.measurement
+    if seen is None:
+        return f"{name}: {one.outcome} ({one.why})"
+    rate = seen.throughput_tok_per_s
+    half = (rate.high - rate.low) / 2 / rate.value * 100 if rate.high and rate.low else 0.0
+    ttft = f", TTFT p50 {seen.ttft_ms.p50:.0f} ms" if seen.ttft_ms else ""
+    itl = f", ITL p50 {seen.itl_ms.p50:.1f} ms" if seen.itl_ms else ""
+    return (
+        f"{name}: {rate.value:,.0f} tokens/s ±{half:.1f} %{ttft}{itl}, GPU idle {seen.gpu_idle_pct} %, "
+        f"engine core {seen.engine_core_cpu_pct} %, API server {seen.api_server_cpu_pct} %, load {seen.load_cpu_pct} %"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--ctx", type=int, default=1024)
+    parser.add_argument("--concurrency", type=int, default=256)
+    parser.add_argument("--workload", default="serve")
+    parser.add_argument("--gpu")
+    parser.add_argument("--vllm")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="start nothing after so many seconds")
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    options = parser.parse_args()
+    began = time.monotonic()
+
+    def story(manifest: Manifest, runner: flow.Runner, **rest: object) -> Report:
+        for number, name in enumerate(options.names):
+            if time.monotonic() - began > options.limit_s:
+                print(f"out of time before {name}", flush=True)
+                break
+            print(told(name, judge(runner.run(variation(manifest, name, number)))), flush=True)
+        raise SystemExit(0)
+
+    flow.profile = story
+    asked = profiling.Asked(
+        model=options.model, ctx=(options.ctx, None), osl=(128, None), workload=options.workload,
+        concurrency=options.concurrency, max_engines=8, thread_percentages="none", min_gain=None, slo=None,
+        dtype="auto", quantization=None, kv_cache_dtype="auto", gpu=options.gpu, weights="auto", out=options.out,
+        resume=False, vllm=options.vllm,
+    )  # fmt: skip
+    profiling.live(asked, Console(stderr=True, highlight=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""What a profile tries and what it concludes, on machines made up of rules: rates by candidate, nothing else."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from test_terminal import report
+
+from advisor.core import tuning
+from advisor.core.intervals import mean_of_logs
+from advisor.core.recommend import conclude
+from advisor.core.records import (
+    FULL,
+    HostFacts,
+    Manifest,
+    Measurement,
+    Percentiles,
+    Protocol,
+    Question,
+    RawTrial,
+    TrialSpec,
+    Value,
+    Workload,
+)
+from advisor.core.search import Search
+from advisor.core.tried import Tried, key
+
+MACHINE = report()
+SETTINGS = msgspec.structs.replace(
+    MACHINE.recommendation.settings or MACHINE.candidates[0].settings,
+    max_num_batched_tokens=8192,
+    max_num_seqs=1024,
+    max_cudagraph_capture_size=512,
+)
+HOST = HostFacts(
+    cpu="made up", cores=list(range(16)), threads_per_core=1, memory_bytes=1 << 37, kernel="none", numa_node=None
+)
+
+
+class World:
+    """A machine on which the rate of a candidate is `rate(spec)`, in a window of 8 blocks."""
+
+    def __init__(self, rate, *, idle=50.0, itl_ms=lambda spec: 10.0, noise=0.0, between_starts=0.0, fails=()):
+        self.rate, self.idle, self.itl_ms, self.noise = rate, idle, itl_ms, noise
+        self.between_starts, self.fails = between_starts, fails
+        self.asked: list[TrialSpec] = []
+        self.chance = random.Random(1)
+
+    def try_out(self, spec: TrialSpec) -> Tried:
+        self.asked.append(spec)
+        raw = RawTrial(
+            schema_version=1, spec=spec, created="", ended="completed", detail="", gpu_uuid="", window=(0.0, 15.0),
+            engines=[], loads=[], cpu=[], steal_s=None, gpu=None, mps=None, foreign_pids=[], teardown=None,
+            numerics=None, timeline=[],
+        )  # fmt: skip
+        if any(fail(spec) for fail in self.fails):
+            return Tried(spec=spec, raw=raw, outcome="crash", measurement=None, why="it died", cautions=[])
+        level = self.rate(spec) * math.exp(self.chance.gauss(0, self.between_starts))
+        blocks = [level * math.exp(self.chance.gauss(0, self.noise)) for _ in range(8)]
+        mean = mean_of_logs(blocks)
+        rate, itl = statistics.harmonic_mean(blocks), self.itl_ms(spec)
+        measured = Measurement(
+            throughput_tok_per_s=Value(value=rate), requests_per_s=rate / 128, blocks_tok_per_s=blocks,
+            log_mean=mean.log_mean, log_se=mean.log_se, dof=7, turnovers=6.0, window_s=15.0,
+            ttft_ms=Percentiles(p50=itl, p95=10 * itl, p99=20 * itl), itl_ms=Percentiles(p50=itl, p95=itl, p99=itl),
+            e2e_ms=None, sm_active_pct=None, gpu_idle_pct=self.idle, tokens_per_joule=None, power_w=None,
+            load_cpu_pct=None, engine_core_cpu_pct=None, api_server_cpu_pct=None,
+        )  # fmt: skip
+        return Tried(spec=spec, raw=raw, outcome="ok", measurement=measured, why="", cautions=[])
+
+    def profile(self, **changes):
+        manifest = made(**changes)
+        tried, story = [], Search(manifest).story()
+        spec = next(story)
+        try:
+            while True:
+                tried.append(self.try_out(spec))
+                spec = story.send(tried[-1])
+        except StopIteration as end:
+            return conclude(manifest, tried, end.value, created="", replayed=False)
+
+
+def made(protocol: Protocol = FULL, concurrency: int = 256, **question) -> Manifest:
+    asked = Question(
+        workload=Workload(kind="serve", isl=1024, osl=128, concurrency=concurrency),
+        **{"max_engines": 4, "thread_percentages": "none", "min_gain": 0.1} | question,
+    )
+    return Manifest(
+        schema_version=1, created="", question=asked, protocol=protocol, model=MACHINE.model, gpu=MACHINE.gpu,
+        host=HOST, software=MACHINE.software, settings=SETTINGS,
+    )  # fmt: skip
+
+
+def by_engines(*rates: float, mps: float = 1.0):
+    """`rates[N - 1]` for N engines, `mps` times that under MPS."""
+    return lambda spec: rates[min(spec.engines, len(rates)) - 1] * (mps if spec.mps and spec.engines > 1 else 1.0)
+
+
+def loads(world: World) -> list[tuple[int, bool, int, int]]:
+    return [(s.engines, s.mps, s.repeat, s.workload.concurrency) for s in world.asked if s.kind == "load"]
+
+
+def test_the_default_engine_is_measured_first_and_last():
+    world = World(by_engines(1000, 1500, 1520))
+    world.profile()
+    full = [spec for spec in world.asked if spec.workload.concurrency == 256]
+    assert (full[0].engines, full[0].mps, full[0].settings, full[0].repeat) == (1, False, full[0].settings, 0)
+    assert key(full[-1]) == key(msgspec.structs.replace(full[0], repeat=1))
+
+
+def test_what_decides_is_started_twice_and_measured_at_smaller_loads():
+    world = World(by_engines(1000, 1500, 1520, mps=1.3))
+    report = world.profile()
+    twice = [one for one in report.candidates if one.starts == 2]
+    assert {(one.engines, one.mps) for one in twice} == {(1, False), (2, False), (2, True)}
+    assert all([point.concurrency for point in one.curve] == [32, 64, 128, 256] for one in twice)
+    assert all(one.starts in (None, 1) and one.curve == [] for one in report.candidates if one not in twice)
+
+
+def test_no_trial_is_asked_for_twice():
+    world = World(by_engines(1000, 1500, 1700, 1800, mps=1.2), noise=0.01)
+    world.profile(concurrency_auto=True)
+    keys = [key(spec) for spec in world.asked]
+    assert len(keys) == len(set(keys))
+
+
+def test_a_setting_that_helps_one_engine_is_given_to_all():
+    def rate(spec):
+        return by_engines(1000, 1600)(spec) * (1.2 if spec.settings.api_server_count == 2 else 1.0)
+
+    report = World(rate).profile()
+    several = [one for one in report.candidates if one.engines > 1 and one.settings]
+    assert several and all(one.settings.api_server_count == 2 for one in several)
+    assert report.recommendation.settings.api_server_count == 2
+    tuned = next(step for step in report.waterfall if step.step == "tuned")
+    assert tuned.factor.value == pytest.approx(1.2, rel=1e-6)
+    assert "2 API servers" in tuned.change
+
+
+def test_settings_that_bring_under_3_percent_are_not_kept():
+    def rate(spec):
+        return by_engines(1000, 1600)(spec) * (1.02 if spec.settings.api_server_count == 2 else 1.0)
+
+    report = World(rate).profile()
+    assert report.recommendation.settings.api_server_count == 1
+    assert any("No setting" in reason for reason in report.recommendation.because)
+
+
+def test_an_engine_that_keeps_the_gpu_busy_is_not_given_a_better_front_end():
+    world = World(by_engines(1000, 1010), idle=2.0)
+    report = world.profile()
+    assert all(spec.settings.api_server_count == 1 and not spec.settings.rust_front_end for spec in world.asked)
+    skipped = [one for one in report.candidates if one.outcome == "skipped" and "GPU is idle" in (one.why_not or "")]
+    assert len(skipped) == 3
+
+
+def test_the_factors_of_the_waterfall_multiply_to_the_whole_gain():
+    def rate(spec):
+        better = 1.3 if spec.settings.stream_interval == 8 else 1.0
+        return by_engines(1000, 1500, 1800, mps=1.25)(spec) * better
+
+    report = World(rate, noise=0.02, between_starts=0.01).profile()
+    product = math.prod(step.factor.value for step in report.waterfall)
+    assert product == pytest.approx(report.recommendation.gain_vs_default.value, rel=1e-9)
+    assert [step.step for step in report.waterfall] == ["tuned", "engines", "mps"]
+
+
+def test_a_loss_under_mps_is_credited_as_a_loss():
+    report = World(by_engines(1000, 1500, mps=0.9)).profile()
+    assert not report.recommendation.mps
+    assert next(step for step in report.waterfall if step.step == "mps").factor.value == pytest.approx(0.9)
+
+
+def test_one_engines_token_budget_is_also_divided_among_several():
+    world = World(by_engines(1000, 1500, mps=1.2))
+    world.profile()
+    divided = {(s.engines, s.mps) for s in world.asked if s.settings.max_num_batched_tokens == 4096}
+    assert divided == {(2, False), (2, True)}
+
+
+def test_the_winner_is_quoted_from_what_did_not_choose_it():
+    """Candidates that are all equal: whichever is lucky must not be quoted with its luck."""
+    gains = []
+    for seed in range(40):
+        world = World(lambda spec: 1000.0, noise=0.05)
+        world.chance = random.Random(seed)
+        report = world.profile(min_gain=0.0)
+        gains += [one.gain_vs_default.value for one in report.candidates if one.engines > 1 and one.gain_vs_default]
+    assert statistics.mean(gains) == pytest.approx(1.0, abs=0.01)
+
+
+def test_equal_candidates_are_a_tie_and_the_simplest_wins():
+    report = World(lambda spec: 1000.0 * (1.02 if spec.engines > 1 else 1.0), noise=0.005).profile()
+    assert (report.recommendation.engines, report.recommendation.mps) == (1, False)
+
+
+def test_what_is_too_noisy_is_inconclusive_and_no_guess():
+    world = World(by_engines(1000, 1090), noise=0.12, between_starts=0.15)
+    world.chance = random.Random(3)
+    statuses = [world.profile().recommendation.status for _ in range(20)]
+    assert statuses.count("inconclusive") > 10
+
+
+def test_a_machine_that_drifts_says_so():
+    world = World(by_engines(1000, 1500))
+    world.rate = lambda spec: by_engines(1000, 1500)(spec) * (0.8 if len(world.asked) > 8 else 1.0)
+    drift = [one for one in world.profile().warnings if one.code == "drift"]
+    assert drift and all(one.remedy for one in drift)
+    assert all(one.code != "drift" for one in World(by_engines(1000, 1500), noise=0.01).profile().warnings)
+
+
+def test_a_default_engine_that_never_runs_gives_no_verdict():
+    report = World(by_engines(1000, 1500), fails=[lambda s: s.engines == 1 and not s.mps]).profile()
+    assert report.recommendation.status == "inconclusive"
+
+
+def test_an_accident_is_tried_once_more_and_the_second_start_is_another_one():
+    first = []
+
+    def once(spec):
+        first.append(spec)
+        return len(first) == 1
+
+    world = World(by_engines(1000, 1500), fails=[once])
+    report = world.profile()
+    assert [spec.repeat for spec in world.asked if spec.engines == 1 and not spec.mps][:2] == [0, 1]
+    assert report.recommendation.status == "recommend"
+    assert [one.code for one in report.warnings].count("repeated") == 1
+
+
+def test_the_load_is_raised_until_the_tuned_engine_stops_growing():
+    def rate(spec):
+        return min(spec.workload.concurrency, 300) * 10.0 * spec.engines**0.1
+
+    world = World(rate)
+    report = world.profile(concurrency_auto=True)
+    assert report.workload.concurrency == 512
+    climbed = [s.workload.concurrency for s in world.asked if s.workload.concurrency > 512]
+    assert climbed == [1024]
+
+
+def test_a_load_beyond_the_captured_graphs_gets_larger_graphs():
+    def rate(spec):
+        load = spec.workload.concurrency
+        return load * (10.0 if spec.settings.max_cudagraph_capture_size >= load else 8.0)
+
+    report = World(rate).profile(concurrency_auto=True, max_engines=1)
+    advised = report.recommendation.settings
+    assert report.workload.concurrency == 4096
+    assert advised.max_cudagraph_capture_size == 4096 == advised.max_num_seqs
+
+
+# ---------------------------------------------------------------- objectives
+
+
+def latency(spec):
+    """10 ms alone, less with more engines, growing with the load."""
+    return 10.0 * spec.workload.concurrency / 256 / spec.engines**0.5
+
+
+def test_an_objective_changes_the_verdict_to_what_keeps_to_it():
+    def rate(spec):
+        return by_engines(1000, 1010, mps=1.0)(spec) * spec.workload.concurrency / 256
+
+    world = World(rate, itl_ms=latency)
+    assert world.profile().recommendation.engines == 1
+    # At 256 in flight one engine misses it: its smaller load does, two engines need not.
+    report = world.profile(slo={"itl_p95": 8.0})
+    assert (report.recommendation.engines, report.recommendation.mps) == (2, False)
+
+
+def test_a_smaller_load_that_keeps_to_the_objective_counts():
+    def rate(spec):
+        return spec.workload.concurrency * 4.0 * (1.0 if spec.engines == 1 else 0.5)
+
+    report = World(rate, itl_ms=lambda spec: 10.0 * spec.workload.concurrency / 256).profile(slo={"itl_p95": 5.0})
+    assert report.recommendation.engines == 1
+    chosen = next(one for one in report.candidates if one.engines == 1 and not one.mps and one.starts)
+    assert chosen.throughput_tok_per_s.value == pytest.approx(128 * 4.0)
+
+
+def test_a_slower_candidate_that_keeps_to_the_objective_is_started_again_beside_the_fastest():
+    def rate(spec):
+        return by_engines(1000, 1500, 2000, 2500)(spec) * spec.workload.concurrency / 256
+
+    def itl(spec):
+        return {1: 30.0, 2: 5.0}.get(spec.engines, 20.0)
+
+    report = World(rate, itl_ms=itl).profile(slo={"itl_p95": 8.0})
+    assert report.recommendation.engines == 2
+
+
+def test_an_objective_that_nothing_meets_names_the_nearest():
+    report = World(by_engines(1000, 1500), itl_ms=latency).profile(slo={"itl_p95": 0.1})
+    assert report.recommendation.status == "no_slo"
+    assert "2 engines" in report.recommendation.sentence and "ITL p95" in report.recommendation.sentence
+    assert report.recommendation.engines is None
+
+
+# ---------------------------------------------------------------- any machine
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(min_value=100, max_value=1e5), min_size=4, max_size=4),
+    st.floats(min_value=0.5, max_value=2.0),
+    st.floats(min_value=0.5, max_value=1.5),
+    st.floats(min_value=0.0, max_value=100.0),
+)
+def test_whatever_the_machine_the_advice_is_one_of_its_candidates_and_mps_needs_its_gain(rates, mps, tuned, idle):
+    def rate(spec):
+        return by_engines(*rates, mps=mps)(spec) * (tuned if spec.settings.max_num_batched_tokens > 8192 else 1.0)
+
+    report = World(rate, idle=idle).profile()
+    advice = report.recommendation
+    assert advice.status == "recommend"
+    assert (advice.engines, advice.mps) != (1, True)
+    if advice.mps:
+        assert advice.gain_vs_best_without_mps.low >= 1.1
+    best = max(one.throughput_tok_per_s.value for one in report.candidates if one.outcome == "ok" and not one.mps)
+    assert advice.gain_vs_default.value * report.candidates[0].throughput_tok_per_s.value >= 0.9 * best
+
+
+def test_a_divided_budget_holds_a_token_of_every_sequence():
+    shared = tuning.shared_budget(SETTINGS, 3)
+    assert shared.max_num_batched_tokens == 2720
+    assert shared.max_num_seqs <= shared.max_num_batched_tokens >= shared.max_cudagraph_capture_size
+    assert tuning.shared_budget(SETTINGS, 1) is None
