@@ -9,7 +9,7 @@ from advisor.core import search
 from advisor.core.errors import NotRecorded
 from advisor.core.recommend import conclude
 from advisor.core.records import Manifest, RawTrial, Report, TrialSpec
-from advisor.core.tried import Tried, judge
+from advisor.core.tried import Tried, is_retry, judge
 
 
 class Runner(Protocol):
@@ -38,8 +38,8 @@ def profile(
         try:
             result = judge(runner.run(spec))
         except NotRecorded:
-            # A run may be older than the rule that repeats a trial; then its first attempt is all there is.
-            if not spec.repeat or not tried:
+            # A run may be older than the rule that tries a failed trial again; then the failure is all there is.
+            if not tried or not is_retry(spec, tried[-1]):
                 raise
             result = tried[-1]
         else:

@@ -11,6 +11,7 @@ import pytest
 import raw as made
 
 from advisor import flow
+from advisor.core.errors import NotRecorded
 from advisor.core.records import Report
 from advisor.core.tried import judge, slug
 from advisor.report.as_json import dumps
@@ -230,6 +231,14 @@ def test_a_run_older_than_the_repeating_of_trials_is_judged_on_its_first_attempt
     folder = CRASHED
     assert of(replay(folder), 3, False).outcome == "crash"
     assert sum(raw.ended == "crash" for raw in RunFolder(folder).trials()) == 1
+
+
+def test_a_second_start_that_was_not_recorded_is_never_replaced_by_another_trial():
+    run = RunFolder(ROOT / "data" / "h200-qwen2.5-3b-serve-1024")
+    manifest = run.manifest()
+    protocol = msgspec.structs.replace(manifest.protocol, starts=2)
+    with pytest.raises(NotRecorded, match="repeat-1"):
+        flow.profile(msgspec.structs.replace(manifest, protocol=protocol), Replay(run), created="now", replayed=True)
 
 
 def test_auto_prefers_the_run_whose_requests_are_as_they_are_sent_now():

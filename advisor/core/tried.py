@@ -86,6 +86,11 @@ def candidate(spec: TrialSpec) -> str:
     return key(msgspec.structs.replace(spec, repeat=0, workload=workload))
 
 
+def is_retry(spec: TrialSpec, last: Tried) -> bool:
+    """Whether a spec asks for the same as the last trial, which failed, once more."""
+    return not last.ok and key(msgspec.structs.replace(spec, repeat=last.spec.repeat)) == key(last.spec)
+
+
 def key(spec: TrialSpec) -> str:
     """The identity of a trial inside one run, as canonical JSON.
 
