@@ -9,6 +9,7 @@ A name given again is another start of the same.
     cores1  unpinned  load1                            cores an engine may use, all for all, load cores
     warmupX  windowS                                   turnovers of warm-up, seconds of window
     loadedN                                            requests in flight
+    idleN                                              N more engines that get no request
 
 Figures from it stand in docs/measurement.md. It takes the same care as `profile`; it only chooses nothing.
 """
@@ -46,7 +47,9 @@ def variation(manifest: Manifest, name: str, number: int) -> TrialSpec:
     for word, amount in told:
         if word in SETTINGS:
             base = msgspec.structs.replace(base, **SETTINGS[word](amount))
-    spec = search.load_spec(manifest, int(first.rstrip("m")), mps=first.endswith("m"), base=base)
+    engines, idle = int(first.rstrip("m")), sum(int(amount) for word, amount in told if word == "idle")
+    spec = search.load_spec(manifest, engines + idle, mps=first.endswith("m"), base=base)
+    spec = msgspec.structs.replace(spec, engines=engines, idle_engines=idle)
     assert spec.workload is not None and spec.protocol is not None
     workload, protocol = spec.workload, spec.protocol
     changes: dict[str, Any] = {}
@@ -65,7 +68,7 @@ def variation(manifest: Manifest, name: str, number: int) -> TrialSpec:
                 protocol = msgspec.structs.replace(protocol, measure_min_s=float(amount))
             case "loaded":
                 workload = msgspec.structs.replace(workload, concurrency=int(amount))
-            case _ if word not in SETTINGS:
+            case _ if word not in SETTINGS and word != "idle":
                 raise ValueError(f"“{word}{amount}” in “{name}” is no variation; see --help")
     return msgspec.structs.replace(
         spec, workload=workload, protocol=protocol, label=name.replace("+", "-"), repeat=number, **changes

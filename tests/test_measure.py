@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advisor.core.intervals import ratio
-from advisor.core.measure import arrival_curve, block_edges, block_rates, measure, tokens_between
+from advisor.core.measure import (
+    arrival_curve,
+    block_edges,
+    block_rates,
+    half_width_so_far,
+    measure,
+    tokens_between,
+)
 from advisor.core.records import RawTrial, Workload
 
 TRIAL = raw.trial()
@@ -444,3 +451,28 @@ def test_a_trial_that_never_reached_its_window_cannot_be_measured():
 def test_measuring_a_recorded_trial_gives_the_same_numbers_as_measuring_the_live_one():
     recorded = msgspec.json.decode(msgspec.json.encode(TRIAL), type=RawTrial)
     assert measure(recorded) == measure(TRIAL)
+
+
+def test_a_steady_window_is_known_well_and_a_rough_one_is_not_until_it_is_long():
+    def curve(seconds, swing):
+        tokens, rows = 0.0, [(0.0, 0.0)]
+        chance = random.Random(7)
+        for second in range(seconds):
+            tokens += 1000 * math.exp(chance.gauss(0, swing))
+            rows.append((second + 1.0, tokens))
+        return rows
+
+    assert half_width_so_far(curve(20, 0.001), 2000) < 0.01
+    rough = half_width_so_far(curve(20, 0.2), 2000)
+    assert rough > 0.05
+    assert half_width_so_far(curve(400, 0.2), 2000) < rough / 2
+
+
+def test_too_few_turnovers_say_nothing_about_precision():
+    assert half_width_so_far([(0.0, 0.0), (1.0, 1000.0), (2.0, 2000.0)], 1000) == math.inf
+    assert half_width_so_far([], 1000) == math.inf
+
+
+def test_what_a_window_had_counted_before_it_began_is_no_part_of_it():
+    late = [(float(at), 5000.0 + 1000.0 * at) for at in range(30)]
+    assert half_width_so_far(late, 2000) == pytest.approx(0.0, abs=1e-9)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from advisor.core.histogram import percentile
-from advisor.core.intervals import mean_of_logs, value_of
+from advisor.core.intervals import mean_of_logs, student_t_90, value_of
 from advisor.core.records import LogHistogram, Measurement, Percentiles, RawLoad, RawTrial
 from advisor.core.workload import turnover_tokens
 
@@ -167,6 +167,25 @@ def block_rates(raw: RawTrial) -> list[float]:
 def rates_between(loads: Sequence[RawLoad], edges: Sequence[float]) -> list[float]:
     """Mean output tokens per second from each of the ascending edges, in seconds, to the next."""
     return [tokens_between(loads, low, high) / (high - low) for low, high in pairwise(edges)]
+
+
+def half_width_so_far(curve: Sequence[tuple[float, float]], turnover: float) -> float:
+    """Half the 90 % interval of a window's rate, as a share of it, while the window still runs.
+
+    `curve` holds (seconds, tokens so far), ascending. Blocks are single turnovers; infinite for under 3 of them or
+    with one in which nothing arrived.
+    """
+    first = curve[0][1] if curve else 0.0
+    rising = [(at, tokens - first) for at, tokens in curve]
+    blocks = math.floor(rising[-1][1] / turnover + _EDGE_SHARE) if rising else 0
+    if blocks < BLOCKS_MIN:
+        return math.inf
+    edges = [_reached(rising, turnover * number) for number in range(blocks + 1)]
+    spans = [right - left for left, right in pairwise(edges)]
+    if min(spans) <= 0:
+        return math.inf
+    mean = mean_of_logs([turnover / span for span in spans])
+    return math.expm1(student_t_90(mean.dof) * mean.log_se)
 
 
 # ---------------------------------------------------------------- latencies

@@ -129,8 +129,8 @@ class Protocol(Record, frozen=True):
     """How a trial is run, and which trials a profile consists of. One turnover is `concurrency` requests' worth of
     output tokens.
 
-    The last four say what a profile does beyond one start of each candidate. Their defaults are those of the first
-    recorded runs, which did none of it; `FULL` is what a profile does today.
+    Those from `tune` on say what a profile does beyond one start of each candidate. Their defaults are those of the
+    first recorded runs, which did none of it; `FULL` is what a profile does today.
     """
 
     warmup_turnovers: float = 2.0
@@ -150,9 +150,11 @@ class Protocol(Record, frozen=True):
     equal_budget: bool = False  # try the winner also with the single engine's token budget divided among its engines
     curve: list[float] = []  # shares of the concurrency at which the finalists are measured too
     curve_min_s: float = 8.0  # shortest window of such a point
+    precision: float = 0.0  # a window goes on until its interval is at most ± this share; 0: it does not
+    precise_max_s: float = 60.0  # but no longer than this for that reason alone
 
 
-FULL = Protocol(tune=True, starts=2, equal_budget=True, curve=[0.125, 0.25, 0.5])
+FULL = Protocol(tune=True, starts=2, equal_budget=True, curve=[0.125, 0.25, 0.5], precision=0.02)
 
 
 class EngineSettings(Record, frozen=True):
@@ -197,6 +199,7 @@ class TrialSpec(Record, frozen=True):
     load_cores: list[int] = []
     percentages: list[int] = []
     batch_sizes: list[int] = []
+    idle_engines: int = 0  # further engines, after the others, that get no request
     repeat: int = 0
     label: str = ""  # what sets it apart in file names; no part of its identity
 

@@ -222,11 +222,9 @@ def pid_list(pids: set[int]) -> str:
 
 
 def _engine_faults(raw: RawTrial, window: tuple[float, float]) -> Iterator[Fault]:
-    expected = list(range(raw.spec.engines))
-    if sorted(engine.engine for engine in raw.engines) != expected:
-        yield Fault(
-            code="missing_engine", text=f"{raw.spec.engines} engines were asked for, {len(raw.engines)} recorded"
-        )
+    expected = raw.spec.engines + raw.spec.idle_engines
+    if sorted(engine.engine for engine in raw.engines) != list(range(expected)):
+        yield Fault(code="missing_engine", text=f"{expected} engines were asked for, {len(raw.engines)} recorded")
     pids = [engine.engine_core_pid for engine in raw.engines if engine.engine_core_pid is not None]
     for engine in raw.engines:
         if engine.engine_core_pid is None:

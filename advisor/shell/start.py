@@ -92,7 +92,7 @@ class Start:
             environment = self._start_daemon()
             self._engines = Engines(self._launches(environment), self.origin_s, self.place.scrub)
             self._engines.start()
-        total = self.spec.engines
+        total = self.spec.engines + self.spec.idle_engines
         self._engines.wait_ready(
             self._protocol.engine_start_timeout_s, lambda ready: say(f"starting engines, {ready} of {total} ready")
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from advisor.core.loads import by_engine
+from advisor.core.measure import half_width_so_far
 from advisor.core.records import (
     CoreSpeed,
     CpuUse,
@@ -90,7 +91,9 @@ class LoadWindow:
 
     def _start_load(self) -> Load:
         # Every core for the load gets a generator: one generator is one thread, and may be the limit.
-        jobs = deal(self._start.engines.urls, SERVED_NAME, self._fresh(), len(self._spec.load_cores))
+        jobs = deal(
+            self._start.engines.urls[: self._spec.engines], SERVED_NAME, self._fresh(), len(self._spec.load_cores)
+        )
         directory = self._start.directory / f"window-{self._start.windows}"
         directory.mkdir()
         with whole():
@@ -149,17 +152,25 @@ class LoadWindow:
         who_start = contention.read([row.pid for row in cpu_start])
         start = self._clock.now()
         base = self._tokens()[0]
-        enough = 1.03 * self._protocol.measure_turnovers * turnover_tokens(self._workload)
-        end = start
+        turnover = turnover_tokens(self._workload)
+        enough = 1.03 * self._protocol.measure_turnovers * turnover
+        end, curve = start, [(start, float(base))]
         for tokens, completed in self._watch():
             end = self._clock.now()
+            curve.append((end, float(tokens)))
             if decode:
                 if completed or tokens >= 0.93 * wave:
                     # A completion is noticed up to a tick late: the window ends safely before it.
                     end = max(end - 0.4, start) if completed else end
                     break
             elif tokens - base >= enough and end - start >= self._protocol.measure_min_s:
-                break
+                late = end - start >= self._protocol.precise_max_s
+                if (
+                    not self._protocol.precision
+                    or late
+                    or half_width_so_far(curve, turnover) <= self._protocol.precision
+                ):
+                    break
             if end - start >= self._protocol.window_max_s:
                 break
             rate = (tokens - base) / max(end - start, 1e-6)
