@@ -27,6 +27,7 @@ from rich.console import Console
 
 from advisor import flow, profiling
 from advisor.core import search
+from advisor.core.estimate import half_width
 from advisor.core.records import Manifest, Report, TrialSpec
 from advisor.core.tried import Tried, judge
 
@@ -84,14 +85,17 @@ def told(name: str, one: Tried) -> str:
     seen = one.measurement
     if seen is None:
         return f"{name}: {one.outcome} ({one.why})"
-    rate = seen.throughput_tok_per_s
-    half = (rate.high - rate.low) / 2 / rate.value * 100 if rate.high and rate.low else 0.0
     ttft = f", TTFT p50 {seen.ttft_ms.p50:.0f} ms" if seen.ttft_ms else ""
     itl = f", ITL p50 {seen.itl_ms.p50:.1f} ms" if seen.itl_ms else ""
-    return (
-        f"{name}: {rate.value:,.0f} tokens/s ±{half:.1f} %{ttft}{itl}, GPU idle {seen.gpu_idle_pct} %, "
-        f"engine core {seen.engine_core_cpu_pct} %, API server {seen.api_server_cpu_pct} %, load {seen.load_cpu_pct} %"
-    )
+    shares = {
+        "GPU idle": seen.gpu_idle_pct,
+        "engine core": seen.engine_core_cpu_pct,
+        "API server": seen.api_server_cpu_pct,
+        "load generator": seen.load_cpu_pct,
+    }
+    busy = "".join(f", {what} {share:.0f} %" for what, share in shares.items() if share is not None)
+    rate = seen.throughput_tok_per_s
+    return f"{name}: {rate.value:,.0f} tokens/s ±{half_width(rate) * 100:.1f} %{ttft}{itl}{busy}"
 
 
 def main() -> None:

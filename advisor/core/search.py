@@ -372,8 +372,9 @@ def _at_load(spec: TrialSpec, concurrency: int, *, short: bool = False) -> Trial
     if spec.workload is None or spec.protocol is None:
         raise ValueError("only a load trial has a load")
     workload = msgspec.structs.replace(spec.workload, concurrency=concurrency)
-    least_s = spec.protocol.curve_min_s if short else spec.protocol.measure_min_s
-    protocol = msgspec.structs.replace(spec.protocol, measure_min_s=least_s)
+    protocol = spec.protocol
+    if short:
+        protocol = msgspec.structs.replace(protocol, measure_min_s=protocol.curve_min_s, precision=0.0)
     label = "-".join(part for part in (spec.label, f"load{concurrency}") if part)
     return msgspec.structs.replace(spec, workload=workload, protocol=protocol, label=label)
 

@@ -164,12 +164,8 @@ class LoadWindow:
                     end = max(end - 0.4, start) if completed else end
                     break
             elif tokens - base >= enough and end - start >= self._protocol.measure_min_s:
-                late = end - start >= self._protocol.precise_max_s
-                if (
-                    not self._protocol.precision
-                    or late
-                    or half_width_so_far(curve, turnover) <= self._protocol.precision
-                ):
+                wanted, late = self._protocol.precision, end - start >= self._protocol.precise_max_s
+                if not wanted or late or half_width_so_far(curve, turnover) <= wanted:
                     break
             if end - start >= self._protocol.window_max_s:
                 break

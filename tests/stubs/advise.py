@@ -19,11 +19,14 @@ def host_facts(numa_node: int | None) -> HostFacts:
 def protocol() -> Protocol:
     """Short windows; tuning, second starts and curves only where a test asks for them, because each is a start."""
     full = (
-        {"tune": True, "starts": 2, "equal_budget": True, "curve": [0.25, 0.5]} if "ADVISE_FULL" in os.environ else {}
+        {"tune": True, "starts": 2, "equal_budget": True, "curve": [0.25, 0.5], "precision": 0.01}
+        if "ADVISE_FULL" in os.environ
+        else {}
     )
     return Protocol(
         **full,
         curve_min_s=0.8,
+        precise_max_s=2.0,
         warmup_min_s=0.3,
         measure_min_s=1.2,
         engine_start_timeout_s=8.0,
