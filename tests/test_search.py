@@ -178,6 +178,14 @@ def test_a_loss_under_mps_is_credited_as_a_loss():
     assert next(step for step in report.waterfall if step.step == "mps").factor.value == pytest.approx(0.9)
 
 
+def test_another_engine_is_tried_where_noise_may_hide_that_the_last_one_helped():
+    calm, rough = World(by_engines(1000, 1500, 1510, 1600)), World(by_engines(1000, 1500, 1510, 1600), noise=0.08)
+    for world in (calm, rough):
+        world.profile()
+    assert max(spec.engines for spec in calm.asked) == 3
+    assert max(spec.engines for spec in rough.asked) == 4
+
+
 def test_one_engines_token_budget_is_also_divided_among_several():
     world = World(by_engines(1000, 1500, mps=1.2))
     world.profile()

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from advisor.core.intervals import LogMean, log_ratio, value_of
+from advisor.core.intervals import LogMean, log_ratio, student_t_90, value_of
 from advisor.core.records import Measurement, Value
 
 
@@ -104,6 +104,14 @@ def gain(one: Estimate, base: Estimate) -> Value:
     """
     ratio = log_ratio(one.mean, base.mean)
     return value_of(ratio.log_mean, ratio.log_se, one.mean.dof if one.pooled and base.pooled else ratio.dof)
+
+
+def upper_gain(one: Measurement, base: Measurement) -> float:
+    """How many times the base's rate at most (90 % interval), by the parts of two first windows that choose."""
+    # Every other block: half of them, and so twice the squared error.
+    a, b = (LogMean(math.log(choosing_rate(m)), m.log_se * math.sqrt(2), m.dof) for m in (one, base))
+    ratio = log_ratio(a, b)
+    return math.exp(ratio.log_mean + student_t_90(ratio.dof) * ratio.log_se)
 
 
 def half_width(value: Value) -> float:

@@ -18,11 +18,9 @@ def host_facts(numa_node: int | None) -> HostFacts:
 
 def protocol() -> Protocol:
     """Short windows; tuning, second starts and curves only where a test asks for them, because each is a start."""
-    full = (
-        {"tune": True, "starts": 2, "equal_budget": True, "curve": [0.25, 0.5], "precision": 0.01}
-        if "ADVISE_FULL" in os.environ
-        else {}
-    )
+    full = {}
+    if "ADVISE_FULL" in os.environ:
+        full = {"tune": True, "starts": 2, "equal_budget": True, "curve": [0.25, 0.5], "precision": 0.01}
     return Protocol(
         **full,
         curve_min_s=0.8,
