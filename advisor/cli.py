@@ -78,7 +78,10 @@ def doctor(
     gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
     format: FormatOption = Format.table,
 ) -> None:
-    """Is this machine fit for a live run? One line per finding, with the remedy. Exit 0 fit, 3 unfit."""
+    """Is this machine fit for a live run?
+
+    One line per finding, with the remedy. Exit 0 fit, 3 unfit.
+    """
     import json
 
     from advisor.core import doctor as judge
@@ -116,7 +119,9 @@ def profile(
             metavar="N|auto",
         ),
     ] = "256",
-    max_engines: Annotated[int, typer.Option(min=1, help="Never try more engines than this.")] = 8,
+    max_engines: Annotated[
+        int | None, typer.Option(min=1, help="Never try more engines than this. [default: 8]")
+    ] = None,
     thread_percentages: Annotated[
         str, typer.Option(help="auto (100/N, 150/N, 200/N), none, or a list like 40,60.", metavar="auto|none|LIST")
     ] = "auto",
@@ -156,7 +161,10 @@ def profile(
     ] = None,
     format: FormatOption = Format.table,
 ) -> None:
-    """Measure a model on this GPU and decide: how many engines, MPS or not, which thread percentages."""
+    """Measure on this GPU and decide: how many engines.
+
+    With MPS or without, at which thread percentages and with which settings.
+    """
     from advisor import profiling
 
     asked = profiling.Asked(

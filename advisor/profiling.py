@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from advisor import __version__, flow
-from advisor.core import cores, memory, search, settings
+from advisor.core import cores, memory, search, settings, slo
 from advisor.core import plan as planning
 from advisor.core.errors import BadQuestion, NoHonestAnswer, NotRecorded, Unfit
 from advisor.core.model import check_context, facts
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_MIN_GAIN = 0.10
+DEFAULT_MAX_ENGINES = 8
 FIRST_LOAD = 256  # what --concurrency auto tunes the engine at before it looks for the load
 DRY_RUN_GPU = "gpus/h200.yaml"
 
@@ -62,7 +63,7 @@ class Asked:
     osl: tuple[int, tuple[int, int] | None]
     workload: WorkloadKind
     concurrency: int | Literal["auto"]
-    max_engines: int
+    max_engines: int | None
     thread_percentages: Literal["auto", "none"] | list[int]
     min_gain: float | None
     slo: dict[str, float] | None
@@ -96,17 +97,26 @@ def _workload(asked: Asked) -> Workload:
 
 def _question(asked: Asked, model: ModelFacts) -> Question:
     workload = _workload(asked)
+    if name := slo.unseen(asked.slo or {}, workload.kind):
+        raise BadQuestion(
+            f"--slo: requests of --workload {workload.kind} show no {name.split('_')[0]}; leave out {name}"
+        )
     longest = as_served(workload)
     check_context(model, longest.isl, longest.osl)
     apart = 0 if workload.osl_range else spread(workload.kind, longest.isl, workload.osl, model.max_context)
     return Question(
         workload=msgspec.structs.replace(workload, osl_spread=apart),
-        max_engines=asked.max_engines,
+        max_engines=DEFAULT_MAX_ENGINES if asked.max_engines is None else asked.max_engines,
         thread_percentages=asked.thread_percentages,
         min_gain=DEFAULT_MIN_GAIN if asked.min_gain is None else asked.min_gain,
         slo=asked.slo or {},
         concurrency_auto=asked.concurrency == "auto",
     )
+
+
+def _refuse_unseen(asked: Asked, kind: str) -> None:
+    if name := slo.unseen(asked.slo or {}, kind):
+        raise BadQuestion(f"--slo: requests of --workload {kind} show no {name.split('_')[0]}; leave out {name}")
 
 
 def _find_model(asked: Asked) -> tuple[ModelFacts, hub.Found]:
@@ -157,6 +167,7 @@ def replayed(asked: Asked, where: str) -> Report:
             raise NotRecorded(f"{where} answers another question: {replay.describe(manifest)}")
     for option, wanted, recorded in (
         ("--quantization", asked.quantization, manifest.model.quantization),
+        ("--max-engines", asked.max_engines, manifest.question.max_engines),
         ("--dtype", None if asked.dtype == "auto" else asked.dtype, manifest.model.dtype),
         (
             "--kv-cache-dtype",
@@ -176,6 +187,7 @@ def replayed(asked: Asked, where: str) -> Report:
     if asked.min_gain is not None:
         question = msgspec.structs.replace(question, min_gain=asked.min_gain)
     if asked.slo is not None:
+        _refuse_unseen(asked, question.workload.kind)
         question = msgspec.structs.replace(question, slo=asked.slo)
     manifest = msgspec.structs.replace(manifest, question=question)
     return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True)
@@ -197,7 +209,7 @@ def plan(asked: Asked, *, as_json: bool) -> str:
     manifest = _manifest(question, model, gpu, host, base, _software(None))
     most_by_cores = cores.most_engines(host.cores)
     sums, most_by_memory = [assumed] if assumed else [], 0
-    for engines in range(1, max(2, min(question.max_engines, most_by_cores)) + 1):
+    for engines in range(1, max(1, min(question.max_engines, most_by_cores)) + 1):
         planned = search.memory_plan(manifest, engines)
         sums.append(memory.explain(planned))
         if planned.kv_bytes is None:

@@ -100,6 +100,7 @@ def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
         worst_product_error=error,
         why_not=one.why or None,
         trial=slug(one.shown.spec),
+        concurrency=one.shown.spec.workload.concurrency if one.shown.spec.workload else None,
     )
 
 

@@ -120,6 +120,7 @@ def _recommend(
         mps=chosen.mps,
         thread_percentages=chosen.thread_percentages,
         settings=chosen.settings,
+        concurrency=chosen.concurrency,
         gain_vs_default=chosen.gain_vs_default,
         gain_vs_tuned=chosen.gain_vs_tuned,
         gain_vs_best_without_mps=chosen.gain_vs_best_without_mps,

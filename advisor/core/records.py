@@ -533,6 +533,7 @@ class Candidate(Record, frozen=True):
     worst_logprob_error: float | None = None
     why_not: str | None = None
     trial: str | None = None
+    concurrency: int | None = None  # requests in flight at which its figures were measured
 
 
 class Recommendation(Record, frozen=True):
@@ -541,6 +542,7 @@ class Recommendation(Record, frozen=True):
     mps: bool | None = None
     thread_percentages: list[int] | None = None
     settings: EngineSettings | None = None
+    concurrency: int | None = None
     gain_vs_default: Value | None = None
     gain_vs_tuned: Value | None = None
     gain_vs_best_without_mps: Value | None = None

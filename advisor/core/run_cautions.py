@@ -32,7 +32,8 @@ def _of_trials(tried: Sequence[Tried]) -> Iterator[Caution]:
         for told in (*one.cautions, *unproven):
             seen.setdefault((told.code, told.remedy), (told, []))[1].append(slug(one.spec))
     for told, where in seen.values():
-        more = f" (and {len(where) - 1} more trials)" if len(where) > 1 else ""
+        others = len(where) - 1
+        more = f" (and {others} more trial{'s' if others > 1 else ''})" if others else ""
         yield msgspec.structs.replace(told, text=f"{where[0]}{more}: {told.text}")
 
 

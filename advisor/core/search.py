@@ -166,7 +166,8 @@ class Search:
                 if gained is not None and gained < WORTH_IT:
                     doubts += 1
                     if doubts == 2 or not self._may_have_gained(result, best):
-                        why = f"engine {engines} changed throughput by {(gained - 1) * 100:+.1f} %, less than +3 %"
+                        change = f"{(gained - 1) * 100:+.1f} %"
+                        why = f"a {_ordinal(engines)} engine changed throughput by {change}, less than +3 %"
                 best = max(best, result, key=lambda one: one.rate)
             if why:
                 self._leave_out(engines + 1, True, None, "skipped", why)
@@ -295,6 +296,10 @@ class Search:
                 settings=base,
             )
         )
+
+
+def _ordinal(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")
 
 
 def _cannot_check(manifest: Manifest) -> str:

@@ -57,7 +57,20 @@ def shown(slo: Mapping[str, float]) -> str:
 
 def told(point: Seen, name: str) -> str:
     """“TTFT p95 is 312 ms”."""
-    return f"{_words(name)} is {_latency_ms(point, name):,.0f} ms"
+    return f"{_words(name)} is {_ms(_latency_ms(point, name))}"
+
+
+def _ms(milliseconds: float) -> str:
+    if math.isinf(milliseconds):
+        return "unknown"
+    # Enough digits to differ from a limit that it misses.
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 1000 else f"{milliseconds:.1f} ms"
+
+
+def unseen(slo: Mapping[str, float], kind: str) -> str:
+    """The objective that requests of a workload cannot show, if any: one token has no gap, a cut-off wave no end."""
+    never = {"prefill": ("itl",), "decode": ("ttft", "e2e")}.get(kind, ())
+    return next((name for name in slo if name.startswith(never)), "") if never else ""
 
 
 def _words(name: str) -> str:

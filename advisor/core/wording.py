@@ -35,18 +35,26 @@ def _with(told: object, base: object) -> str:
     return f" with {', '.join(words)}" if words else ""
 
 
-def times(gain: Value | None) -> str:
-    """“1.19× (1.16 to 1.22)”."""
+def times(gain: Value | None, against: float | None = None) -> str:
+    """“1.19× (1.16 to 1.22)”; with more digits where two would hide on which side of `against` it lies."""
     if gain is None:
         return "–"
+    edges = [edge for edge in (gain.value, gain.low, gain.high) if edge is not None]
+    near = against is not None and any(f"{edge:.2f}" == f"{against:.2f}" for edge in edges)
+    digits = 3 if near else 2
     if gain.low is None or gain.high is None:
-        return f"{gain.value:.2f}×"
-    return f"{gain.value:.2f}× ({gain.low:.2f} to {gain.high:.2f})"
+        return f"{gain.value:.{digits}f}×"
+    return f"{gain.value:.{digits}f}× ({gain.low:.{digits}f} to {gain.high:.{digits}f})"
 
 
 def rate(one: Candidate) -> float:
     """Output tokens per second, 0.0 where there are none."""
     return one.throughput_tok_per_s.value if one.throughput_tok_per_s else 0.0
+
+
+def unit(field: Field) -> str:
+    """What throughput counts: with one token out, a token is a prompt."""
+    return "prompts/s" if field.manifest.question.workload.kind == "prefill" else "tokens/s"
 
 
 def best_under_mps(ok: Sequence[Candidate]) -> Candidate | None:
@@ -57,33 +65,45 @@ def best_under_mps(ok: Sequence[Candidate]) -> Candidate | None:
 def sentence(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold: float) -> str:
     """What to run, and what that brings over the other ways to run."""
     objectives = field.manifest.question.slo
-    under = f" Under {slo.shown(objectives)}." if objectives else ""
+    kept = f"To keep to {slo.shown(objectives)}: " if objectives else ""
+    load = f" with {choice.concurrency} in flight" if objectives else ""
     tuned = field.tuned is not None and field.tuned is not field.default
     over = [_over(choice.gain_vs_default, "the default engine" if tuned else "one engine")]
     if tuned and choice.engines > 1:
         over.append(_over(choice.gain_vs_tuned, "the tuned one"))
     if choice.mps:
         if field.best_without is not None:
-            over.append(f"{times(choice.gain_vs_best_without_mps)} without MPS")
+            over.append(f"{times(choice.gain_vs_best_without_mps, threshold)} without MPS")
         share = (
             f"{choice.thread_percentages[0]} % of the threads each"
             if choice.thread_percentages
             else "no thread percentage"
         )
-        return f"Run {choice.engines} engines under MPS, {share}: {', '.join(over)}.{under}"
+        return f"{kept}Run {choice.engines} engines under MPS, {share}{load}: {_list(over)}.{_missed(field, choice)}"
     rival = best_under_mps(ok)
     against = ""
     if rival is not None:
-        against = f" MPS brings {times(rival.gain_vs_best_without_mps)} at best; {threshold:.2f}× is asked."
+        against = f" MPS brings {times(rival.gain_vs_best_without_mps, threshold)} at best; {threshold:.2f}× is asked."
     if choice.engines > 1:
-        return f"Run {choice.engines} engines without MPS: {', '.join(over)}.{against}{under}"
+        gained = f"{_list(over)}.{_missed(field, choice)}"
+        return f"{kept}Run {choice.engines} engines without MPS{load}: {gained}{against}"
     what = name(field, choice)
-    gained = ", leave MPS alone" if what == "1 engine" else f", leave MPS alone: {over[0]}"
-    return f"Run {what}{gained}.{against}{under}"
+    gained = "" if what == "1 engine" else f": {_list(over)}"
+    return f"{kept}Run {what}{load}, leave MPS alone{gained}.{against}"
 
 
 def _over(gain: Value | None, what: str) -> str:
-    return f"{what} keeps to it at no load" if gain is None else f"{times(gain)} {what}"
+    return "" if gain is None else f"{times(gain)} {what}"
+
+
+def _list(parts: Sequence[str]) -> str:
+    return ", ".join(part for part in parts if part) or "nothing else keeps to it"
+
+
+def _missed(field: Field, choice: Candidate) -> str:
+    if choice.gain_vs_default is None:
+        return " The default engine keeps to it at no load that was measured."
+    return ""
 
 
 def rival_missing(field: Field, choice: Candidate, candidates: Sequence[Candidate]) -> str:
@@ -102,8 +122,8 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
     rival = best_under_mps(ok)
     if choice.mps and best_without is not None:
         reasons.append(
-            f"{name(field, choice)}: {rate(choice):,.0f} tokens/s; the best without MPS is {name(field, best_without)} "
-            f"with {rate(best_without):,.0f}."
+            f"{name(field, choice)}: {rate(choice):,.0f} {unit(field)}; the best without MPS is "
+            f"{name(field, best_without)} with {rate(best_without):,.0f}."
         )
         if best_without.engines > 1 and best_without.gain_vs_default is not None:
             reasons.append(
@@ -114,7 +134,7 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
         gain = rival.gain_vs_best_without_mps
         reached = gain is not None and gain.value >= threshold
         reasons.append(
-            f"{name(field, rival)} gives {times(gain)} the best without MPS, {name(field, best_without)}"
+            f"{name(field, rival)} gives {times(gain, threshold)} the best without MPS, {name(field, best_without)}"
             + (", and its lower bound stays" if reached else "; that is")
             + f" under {threshold:.2f}×."
         )

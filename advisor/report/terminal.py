@@ -149,12 +149,15 @@ def _outputs(load: Workload) -> str:
 def _table(report: Report, width: int) -> Iterator[Line]:
     candidates = sorted(report.candidates, key=_simplicity)
     chosen = _chosen(report)
-    marks = _marks(report)
-    cells = [_cells(one, report.gpu.sms, marks.get(_changes(report, one), ""), one is chosen) for one in candidates]
+    marks, by_load = _marks(report), bool(report.question.slo)
+    cells = [
+        _cells(one, report.gpu.sms, marks.get(_changes(report, one), ""), one is chosen, by_load) for one in candidates
+    ]
     done = [row for row, one in zip(cells, candidates, strict=True) if one.outcome == "ok"]
+    headers = _headers(report)
     widths = [
         max(len(header), *(len(row[index]) for row in (cells if index < WHAT else done)), 0)
-        for index, (header, _) in enumerate(COLUMNS)
+        for index, header in enumerate(headers)
     ]
     # Two spaces between columns as far as the width goes, from the left; never less than one.
     spare = width - sum(widths) - (len(COLUMNS) - 1)
@@ -166,7 +169,7 @@ def _table(report: Report, width: int) -> Iterator[Line]:
         ]
         return "".join(f"{cell}{'  ' if index < spare else ' '}" for index, cell in enumerate(padded)).rstrip()
 
-    yield join([header for header, _ in COLUMNS]), "dim"
+    yield join(headers), "dim"
     for one, row in zip(candidates, cells, strict=True):
         if one.outcome == "ok":
             yield join(row), "bold green" if one is chosen else ""
@@ -176,6 +179,15 @@ def _table(report: Report, width: int) -> Iterator[Line]:
         yield from ((line, style) for line in wrap(what + _failure(one), width, " " * len(what)))
     for change, mark in marks.items():
         yield from ((line, "dim") for line in wrap(f" [{mark}] {change}", width, "     "))
+
+
+def _headers(report: Report) -> list[str]:
+    names = {
+        "tok/s": "prompts/s" if report.workload.kind == "prefill" else "tok/s",
+        # Under objectives each candidate shows the load at which it keeps to them.
+        "SM active": "in flight" if report.question.slo else "SM active",
+    }
+    return [names.get(header, header) for header, _ in COLUMNS]
 
 
 def _simplicity(one: Candidate) -> tuple[int, bool, int]:
@@ -209,7 +221,7 @@ def _changes(report: Report, one: Candidate) -> str:
     return "" if default is None or one.settings is None else ", ".join(words(one.settings, default))
 
 
-def _cells(one: Candidate, all_sms: int, mark: str, chosen: bool) -> list[str]:
+def _cells(one: Candidate, all_sms: int, mark: str, chosen: bool, by_load: bool) -> list[str]:
     return [
         ("►" if chosen else " ") + str(one.engines) + (f" [{mark}]" if mark else ""),
         "yes" if one.mps else "no" if one.engines > 1 else MISSING,
@@ -218,7 +230,7 @@ def _cells(one: Candidate, all_sms: int, mark: str, chosen: bool) -> list[str]:
         MISSING if one.gain_vs_default is None else f"{one.gain_vs_default.value:.2f}×",
         _p95(one.ttft_ms),
         _p95(one.itl_ms),
-        _percent(one.sm_active_pct),
+        str(one.concurrency or MISSING) if by_load else _percent(one.sm_active_pct),
         _percent(one.gpu_idle_pct),
     ]
 
@@ -294,7 +306,9 @@ def _limits(report: Report) -> list[str]:
     measured = [one for one in report.candidates if one.limited_by and one.limit_evidence]
     chosen = _chosen(report) or max(measured, key=lambda one: _value(one.throughput_tok_per_s), default=None)
     shown = [one for one in measured if one is report.candidates[0] or one is chosen]
-    return [f"{_name(one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})" for one in shown]
+    return [
+        f"{_marked_name(report, one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})" for one in shown
+    ]
 
 
 def _value(rate: Value | None) -> float:
@@ -302,12 +316,17 @@ def _value(rate: Value | None) -> float:
 
 
 def _why_not(report: Report) -> list[str]:
-    """Candidates that worked and lost; those that failed say why in the table."""
-    return [
-        f"{_name(one)}: {one.why_not}"
-        for one in sorted(report.candidates, key=_simplicity)
-        if one.outcome == "ok" and one.why_not
-    ]
+    """Candidates that worked and lost, those with the same reason together; what failed says why in the table."""
+    reasons: dict[str, list[str]] = {}
+    for one in sorted(report.candidates, key=_simplicity):
+        if one.outcome == "ok" and one.why_not:
+            reasons.setdefault(one.why_not, []).append(_marked_name(report, one))
+    return [f"{', '.join(who)}: {why}" for why, who in reasons.items()]
+
+
+def _marked_name(report: Report, one: Candidate) -> str:
+    mark = _marks(report).get(_changes(report, one))
+    return _name(one) + (f" [{mark}]" if mark else "")
 
 
 def _name(one: Candidate) -> str:
@@ -326,12 +345,13 @@ def _where_from(report: Report, width: int) -> Iterator[Line]:
     if not steps:
         return
     yield "", ""
-    yield "Where the gain comes from:", "bold"
+    yield "Where the gain comes from:" if report.recommendation.mps else "What each step brings:", "bold"
     whole = 1.0
     for step in steps:
         whole *= step.factor.value
         yield from ((line, "") for line in wrap(f"  {_factor(step.factor):<22}{clean(step.change)}", width, " " * 24))
-    yield f"  {whole:.2f}× together, over the default engine", ""
+    advised = "" if report.recommendation.mps else "; the last steps are not advised"
+    yield f"  {whole:.2f}× together, over the default engine{advised}", ""
 
 
 def _factor(gain: Value) -> str:
@@ -345,12 +365,10 @@ def _over_loads(report: Report) -> Iterator[Line]:
     curves = [one for one in report.candidates if len(one.curve) > 1]
     if not curves:
         return
-    marks = _marks(report)
     rows = [("", "in flight", "tok/s", "TTFT p95", "ITL p95", "E2E p95")]
     for one in curves:
-        mark = marks.get(_changes(report, one), "")
         for index, point in enumerate(one.curve):
-            who = "" if index else _name(one) + (f" [{mark}]" if mark else "")
+            who = "" if index else _marked_name(report, one)
             times = (_p95(point.ttft_ms), _p95(point.itl_ms), _p95(point.e2e_ms))
             rows.append((who, str(point.concurrency), _rate(point.throughput_tok_per_s), *times))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -438,11 +456,13 @@ def _notes(report: Report) -> Iterator[str]:
     values = (value for one in report.candidates for value in (one.throughput_tok_per_s, one.gain_vs_default))
     if any(value is not None and value.low is not None for value in values):
         yield "± and the ranges in brackets are 90 % intervals."
+    if report.protocol.starts > 1:
+        yield "Rates are those of the parts of windows that chose nothing; progress lines show whole windows."
     for one in report.candidates:
         if one.outcome == "ok" and one.source not in ("measured", None):
             yield f"{_name(one)}: {one.source}, not measured."
     if report.workload.kind == "prefill":
-        yield f"tok/s counts output tokens; here each stands for a prompt of {report.workload.isl:,} tokens."
+        yield f"Each output token stands for a prompt of {report.workload.isl:,} tokens."
     if report.replayed:
         yield "This report was replayed from a recorded run: nothing was measured now."
     if report.model.weights == "dummy" and all(one.code != "dummy_weights" for one in report.warnings):

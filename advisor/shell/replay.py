@@ -54,7 +54,7 @@ def choose(model: str | None, workload: Workload | None, *, auto: bool = False) 
     if fitting:
         # Among runs of the same question the one that was recorded as a live run would be now comes first.
         return max(fitting, key=lambda run: (run[1].question.workload.osl_spread, run[1].protocol.starts))[0]
-    listing = "\n".join(f"  {describe(manifest)}" for _, manifest in runs) or "  none"
+    listing = "\n".join(dict.fromkeys(f"  {describe(manifest)}" for _, manifest in runs)) or "  none"
     raise NotRecorded(f"no recorded run fits this question; those that are shipped:\n{listing}")
 
 
