@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from advisor.core import search
 from advisor.core.errors import NotRecorded
 from advisor.core.recommend import conclude
-from advisor.core.records import Manifest, RawTrial, Report, TrialSpec
+from advisor.core.records import Manifest, Question, RawTrial, Report, TrialSpec
 from advisor.core.tried import Tried, is_retry, judge
 
 
@@ -26,9 +28,11 @@ def profile(
     replayed: bool,
     on_trial: Callable[[Tried], None] = lambda tried: None,
     finish: Callable[[], None] = lambda: None,
+    judged_by: Question | None = None,
 ) -> Report:
     """Run the trials that the evidence so far asks for, then conclude from all of them.
 
+    Which trials there are is the manifest's question; `judged_by` may ask for another gain or other latencies of them.
     `finish` is called when no more trials come: engines that were kept for another one are then to be ended.
     """
     tried: list[Tried] = []
@@ -50,7 +54,8 @@ def profile(
         except StopIteration as end:
             finish()
             complete = [_completed(one, runner) for one in tried]
-            return conclude(manifest, complete, end.value, created=created, replayed=replayed)
+            asked = msgspec.structs.replace(manifest, question=judged_by or manifest.question)
+            return conclude(asked, complete, end.value, created=created, replayed=replayed)
 
 
 def _completed(one: Tried, runner: Runner) -> Tried:

@@ -189,8 +189,7 @@ def replayed(asked: Asked, where: str) -> Report:
     if asked.slo is not None:
         _refuse_unseen(asked, question.workload.kind)
         question = msgspec.structs.replace(question, slo=asked.slo)
-    manifest = msgspec.structs.replace(manifest, question=question)
-    return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True)
+    return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True, judged_by=question)
 
 
 # ---------------------------------------------------------------- dry run

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.core.estimate import Start, choosing_rate, estimate, gain, half_width, quoted_rate, spread
+from advisor.core.estimate import estimate, gain, half_width, ratio_of_windows, spread
 from advisor.core.intervals import mean_of_logs, student_t_90
 from advisor.core.records import Measurement, Value
 
@@ -41,23 +41,12 @@ def measured(blocks: list[float]) -> Measurement:
     )
 
 
-def start(level: float, noise: random.Random, block_error: float = 0.005, *, chose: bool = False) -> Start:
-    return Start(measured([level * math.exp(noise.gauss(0, block_error)) for _ in range(8)]), chose)
+def start(level: float, noise: random.Random, block_error: float = 0.005) -> Measurement:
+    return measured([level * math.exp(noise.gauss(0, block_error)) for _ in range(8)])
 
 
-def alone(blocks: list[float]) -> list[Start]:
-    return [Start(measured(blocks), chose=False)]
-
-
-def test_what_chooses_a_candidate_is_no_part_of_what_is_quoted_of_it():
-    lucky = measured([200.0, 100.0, 200.0, 100.0, 200.0, 100.0])
-    assert choosing_rate(lucky) == pytest.approx(200.0)
-    assert quoted_rate(Start(lucky, chose=True)) == pytest.approx(100.0)
-
-
-def test_a_start_that_chose_nothing_is_quoted_whole():
-    later = measured([200.0, 100.0, 200.0, 100.0])
-    assert quoted_rate(Start(later, chose=False)) == pytest.approx(statistics.harmonic_mean([200.0, 100.0]))
+def alone(blocks: list[float]) -> list[Measurement]:
+    return [measured(blocks)]
 
 
 def test_a_run_without_second_starts_quotes_each_window_with_its_own_interval():
@@ -101,7 +90,7 @@ def test_windows_that_swing_more_than_starts_differ_set_the_error():
     noise = random.Random(3)
     rough = [start(1000, noise, 0.2)]
     calm = spread([[start(500, noise, 1e-4), start(500, noise, 1e-4)]])
-    assert estimate(rough, calm).mean.dof == rough[0].measured.dof
+    assert estimate(rough, calm).mean.dof == rough[0].dof
     assert half_width(estimate(rough, calm).value) > 0.05
 
 
@@ -114,11 +103,16 @@ def test_nine_of_ten_intervals_hold_the_true_gain_when_starts_differ():
     noise, held, runs = random.Random(5), 0, 600
     for _ in range(runs):
         levels = [1000.0, 1500.0, 1800.0, 2200.0]
-        starts = [
-            [start(level * math.exp(noise.gauss(0, 0.01)), noise, 0.01, chose=n == 0) for n in range(2)]
-            for level in levels
-        ]
+        starts = [[start(level * math.exp(noise.gauss(0, 0.01)), noise, 0.01) for _ in range(2)] for level in levels]
         between = spread(starts)
         factor = gain(estimate(starts[3], between), estimate(starts[2], between))
         held += factor.low <= 2200 / 1800 <= factor.high
     assert 0.86 <= held / runs <= 0.97
+
+
+def test_two_windows_that_swing_are_not_told_apart():
+    noise = random.Random(6)
+    calm = ratio_of_windows(start(1080, noise, 0.003), start(1000, noise, 0.003))
+    rough = ratio_of_windows(start(1080, noise, 0.15), start(1000, noise, 0.15))
+    assert calm.low > 1.0
+    assert rough.low < 1.0 < rough.high

@@ -37,7 +37,7 @@ class Field:
         alone must not let it win. One engine under MPS only shows what MPS costs; settings that were tried and not
         kept are no way to run.
         """
-        if len(one.attempts) < self.manifest.protocol.starts:
+        if len(one.starts) < self.manifest.protocol.starts:
             return False
         if one.engines > 1:
             return True
@@ -83,9 +83,9 @@ def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
         source="measured",
         throughput_tok_per_s=one.value,
         requests_per_s=shown.requests_per_s if shown else None,
-        ttft_ms=shown.ttft_ms if shown else None,
-        itl_ms=shown.itl_ms if shown else None,
-        e2e_ms=shown.e2e_ms if shown else None,
+        ttft_ms=one.point.ttft_ms if one.point else shown.ttft_ms if shown else None,
+        itl_ms=one.point.itl_ms if one.point else shown.itl_ms if shown else None,
+        e2e_ms=one.point.e2e_ms if one.point else shown.e2e_ms if shown else None,
         gain_vs_default=field.gain(one, field.default),
         gain_vs_tuned=field.gain(one, field.tuned),
         gain_vs_best_without_mps=field.gain(one, field.best_without),

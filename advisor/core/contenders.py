@@ -8,26 +8,28 @@ from dataclasses import dataclass, field
 import msgspec
 
 from advisor.core import numerics, slo
-from advisor.core.estimate import Estimate, Start, estimate, spread
-from advisor.core.records import CurvePoint, EngineSettings, Outcome, Value
+from advisor.core.estimate import Estimate, Spread, estimate, spread
+from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
 from advisor.core.tried import Tried, candidate, slug
+from advisor.core.tuning import bare
 
 
 @dataclass(frozen=True)
 class Contender:
     """One candidate with all its evidence.
 
-    `shown` is the trial whose latencies and occupations stand for it: the first start at the load that decides, which
-    is the full load, or under latency objectives the one with the highest rate that meets them. `estimate` is None
-    for a candidate without a valid trial at a load that may decide. `nearest` is the point that comes closest to the
-    objectives where none meets them.
+    `shown` is the trial whose occupations stand for it: the first start at the load that decides, which is the full
+    load, or under latency objectives the one with the highest rate at which every start keeps to them. `estimate` is
+    None for a candidate without a valid trial at a load that may decide. `nearest` is the point that comes closest to
+    the objectives where none keeps to them.
     """
 
     attempts: list[Tried]  # at full load, in order, accidents included
     starts: list[Tried]  # those of them that count
     shown: Tried
-    rate: float  # what it is chosen by, tokens/s; 0.0 if it cannot be chosen
+    rate: float  # what it is chosen by, its first start's tokens/s; 0.0 if it cannot be chosen
     estimate: Estimate | None
+    point: CurvePoint | None = None  # at the load that decides
     curve: list[CurvePoint] = field(default_factory=list)
     nearest: CurvePoint | None = None
 
@@ -67,52 +69,91 @@ class Contender:
         return self.shown.measurement.throughput_tok_per_s if self.shown.measurement else None
 
 
-def contenders(loads: Sequence[Tried], concurrency: int, objectives: Mapping[str, float]) -> list[Contender]:
-    """The candidates of these load trials in the order of their first trial at full load."""
+def contenders(
+    loads: Sequence[Tried], concurrency: int, objectives: Mapping[str, float], default: EngineSettings
+) -> list[Contender]:
+    """The candidates of these load trials in the order of their first trial.
+
+    `default` are the settings of the engine that everything is compared with: it was not chosen, so that all its
+    starts are quoted.
+    """
     groups: dict[str, list[Tried]] = {}
     for one in loads:
         groups.setdefault(candidate(one.spec), []).append(one)
     full = {name: [one for one in group if _load(one) == concurrency] for name, group in groups.items()}
-    between = spread([_starts([one for one in group if one.ok]) for group in full.values()])
-    found = []
-    for name, attempts in full.items():
-        if not attempts:
-            continue  # only met while the load was being looked for
-        others = [one for one in groups[name] if one.ok and _load(one) != concurrency]
-        starts = [one for one in attempts if one.ok]
-        loads_of_it = [group for group in (starts, *([one] for one in others)) if group]
-        points = [(group, _point(group, estimate(_starts(group), between))) for group in loads_of_it]
-        allowed = [(group, point) for group, point in points if slo.meets(point, objectives)]
-        curve = sorted((point for _, point in points), key=lambda point: point.concurrency) if others else []
-        if not allowed:
-            nearest = min((p for _, p in points), key=lambda p: slo.worst(p, objectives)[0]) if points else None
-            shown = (starts or attempts[-1:])[0]
-            found.append(Contender(attempts, starts, shown, 0.0, None, curve, nearest))
-            continue
-        # Without objectives the full load decides, whatever smaller ones gave.
-        group = allowed[0][0] if not objectives else max(allowed, key=lambda one: one[0][0].rate)[0]
-        found.append(Contender(attempts, starts, group[0], group[0].rate, estimate(_starts(group), between), curve))
-    return found
+    between = spread([_measurements([one for one in group if one.ok]) for group in full.values()])
+    return [
+        _contender(attempts, groups[name], concurrency, objectives, between, _is_default(attempts[0], default))
+        for name, attempts in full.items()
+        if attempts  # others were only met while the load was being looked for
+    ]
+
+
+def _contender(
+    attempts: list[Tried],
+    everything: list[Tried],
+    concurrency: int,
+    objectives: Mapping[str, float],
+    between: Spread,
+    unchosen: bool,
+) -> Contender:
+    starts = [one for one in attempts if one.ok]
+    at_load: dict[int, list[Tried]] = {concurrency: starts}
+    for one in everything:
+        if one.ok and _load(one) != concurrency:
+            at_load.setdefault(_load(one), []).append(one)
+
+    def known(group: list[Tried]) -> Estimate:
+        # A candidate that was chosen by its first start is quoted from the later ones.
+        quoted = group if unchosen or len(group) == 1 else group[1:]
+        return estimate(_measurements(quoted), between)
+
+    measured = {load: group for load, group in at_load.items() if group}
+    points = {load: _point(load, group, known(group)) for load, group in measured.items()}
+    curve = [points[load] for load in sorted(points)] if len(at_load) > 1 else []
+    keeping = [load for load in points if slo.meets(points[load], objectives)]
+    if not keeping:
+        nearest = min(points.values(), key=lambda point: slo.worst(point, objectives)[0], default=None)
+        return Contender(attempts, starts, (starts or attempts[-1:])[0], 0.0, None, None, curve, nearest)
+    # Without objectives the full load decides, whatever smaller ones gave.
+    load = concurrency if not objectives and starts else max(keeping, key=lambda one: measured[one][0].rate)
+    group = measured[load]
+    return Contender(attempts, starts, group[0], group[0].rate, known(group), points[load], curve)
+
+
+def _is_default(one: Tried, default: EngineSettings) -> bool:
+    spec = one.spec
+    same = spec.settings is not None and bare(spec.settings) == bare(default)
+    return same and spec.engines == 1 and not spec.mps
 
 
 def _load(one: Tried) -> int:
     return one.spec.workload.concurrency if one.spec.workload else 0
 
 
-def _starts(group: Sequence[Tried]) -> list[Start]:
-    return [Start(one.measurement, one.chooses) for one in group if one.measurement is not None]
+def _measurements(group: Sequence[Tried]) -> list[Measurement]:
+    return [one.measurement for one in group if one.measurement is not None]
 
 
-def _point(group: Sequence[Tried], known: Estimate) -> CurvePoint:
-    first = group[0].measurement
-    assert first is not None
+def _point(load: int, group: Sequence[Tried], known: Estimate) -> CurvePoint:
+    """One load of a candidate; of several starts the worst latencies, for each of them has to keep to an objective."""
+    seen = _measurements(group)
     return CurvePoint(
-        concurrency=_load(group[0]),
+        concurrency=load,
         throughput_tok_per_s=known.value,
-        ttft_ms=first.ttft_ms,
-        itl_ms=first.itl_ms,
-        e2e_ms=first.e2e_ms,
+        ttft_ms=_worst([one.ttft_ms for one in seen]),
+        itl_ms=_worst([one.itl_ms for one in seen]),
+        e2e_ms=_worst([one.e2e_ms for one in seen]),
         trial=slug(group[0].spec),
+    )
+
+
+def _worst(seen: Sequence[Percentiles | None]) -> Percentiles | None:
+    known = [one for one in seen if one is not None]
+    if not known or len(known) < len(seen):
+        return None
+    return Percentiles(
+        p50=max(one.p50 for one in known), p95=max(one.p95 for one in known), p99=max(one.p99 for one in known)
     )
 
 

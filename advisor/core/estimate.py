@@ -5,9 +5,8 @@ rate is taken from engines that were started more than once, over all candidates
 is a property of the machine and the load rather than of a candidate, and one candidate's two starts alone would
 leave one degree of freedom. Pure.
 
-The best of several candidates was in part lucky. Where candidates are started more than once, what chooses
-(`choosing_rate`: every other block of the first start) is therefore never part of what is quoted (the blocks between
-them, and later starts whole).
+The best of several candidates was in part lucky, and the start that chose it holds that luck in all of its blocks:
+starts differ more than blocks do. So what chose a candidate, its first start, is not part of what is quoted of it.
 """
 
 from __future__ import annotations
@@ -16,15 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from advisor.core.intervals import LogMean, log_ratio, student_t_90, value_of
+from advisor.core.intervals import LogMean, log_ratio, value_of
 from advisor.core.records import Measurement, Value
-
-
-class Start(NamedTuple):
-    """One start of a candidate's engines. `chose`: every other block of its window has chosen between candidates."""
-
-    measured: Measurement
-    chose: bool
 
 
 class Spread(NamedTuple):
@@ -46,28 +38,15 @@ class Estimate(NamedTuple):
         return value_of(*self.mean)
 
 
-def choosing_rate(measured: Measurement) -> float:
-    """Output tokens per second over the 1st, 3rd, 5th … block."""
-    return _rate(measured.blocks_tok_per_s[::2])
+def _log_rate(start: Measurement) -> float:
+    return math.log(start.throughput_tok_per_s.value)
 
 
-def quoted_rate(start: Start) -> float:
-    """Output tokens per second of a start as it is quoted."""
-    if not start.chose:
-        return start.measured.throughput_tok_per_s.value
-    return _rate(start.measured.blocks_tok_per_s[1::2])
-
-
-def _rate(blocks: Sequence[float]) -> float:
-    # Blocks hold equal numbers of tokens, not equal times: their common rate is the harmonic mean.
-    return len(blocks) / math.fsum(1 / rate for rate in blocks)
-
-
-def spread(candidates: Sequence[Sequence[Start]]) -> Spread:
+def spread(candidates: Sequence[Sequence[Measurement]]) -> Spread:
     """The pooled variance between starts of the same candidate, over all candidates started at least twice."""
     squares, dof = 0.0, 0
     for starts in candidates:
-        logs = [math.log(quoted_rate(one)) for one in starts]
+        logs = [_log_rate(one) for one in starts]
         if len(logs) < 2:
             continue
         mean = math.fsum(logs) / len(logs)
@@ -76,24 +55,18 @@ def spread(candidates: Sequence[Sequence[Start]]) -> Spread:
     return Spread(squares / dof if dof else 0.0, dof)
 
 
-def estimate(starts: Sequence[Start], between: Spread) -> Estimate:
-    """A candidate's rate from its starts (at least one), with the error that `between` gives.
+def estimate(starts: Sequence[Measurement], between: Spread) -> Estimate:
+    """A candidate's rate from those of its starts that are quoted (at least one), with the error that `between` gives.
 
     Where no candidate was started twice, or where the windows' own blocks vary more than starts did, the blocks'
     error is taken: a start cannot be known better than its window.
     """
-    mean = math.fsum(math.log(quoted_rate(one)) for one in starts) / len(starts)
-    within = math.fsum(_within(one) for one in starts) / len(starts)
+    mean = math.fsum(_log_rate(one) for one in starts) / len(starts)
+    within = math.fsum(one.log_se**2 for one in starts) / len(starts)
     pooled = between.dof > 0 and between.variance >= within
     variance = between.variance if pooled else within
-    dof = between.dof if pooled else sum(one.measured.dof for one in starts)
+    dof = between.dof if pooled else sum(one.dof for one in starts)
     return Estimate(LogMean(mean, math.sqrt(variance / len(starts)), dof), pooled)
-
-
-def _within(start: Start) -> float:
-    """Squared error of a start's quoted log rate as its blocks show it; fewer blocks, more error."""
-    blocks = len(start.measured.blocks_tok_per_s)
-    return start.measured.log_se**2 * (blocks / (blocks // 2) if start.chose else 1)
 
 
 def gain(one: Estimate, base: Estimate) -> Value:
@@ -106,12 +79,10 @@ def gain(one: Estimate, base: Estimate) -> Value:
     return value_of(ratio.log_mean, ratio.log_se, one.mean.dof if one.pooled and base.pooled else ratio.dof)
 
 
-def upper_gain(one: Measurement, base: Measurement) -> float:
-    """How many times the base's rate at most (90 % interval), by the parts of two first windows that choose."""
-    # Every other block: half of them, and so twice the squared error.
-    a, b = (LogMean(math.log(choosing_rate(m)), m.log_se * math.sqrt(2), m.dof) for m in (one, base))
-    ratio = log_ratio(a, b)
-    return math.exp(ratio.log_mean + student_t_90(ratio.dof) * ratio.log_se)
+def ratio_of_windows(one: Measurement, base: Measurement) -> Value:
+    """How many times the base's rate, with its 90 % interval, as the blocks of these two windows alone show it."""
+    first, second = (LogMean(_log_rate(m), m.log_se, m.dof) for m in (one, base))
+    return value_of(*log_ratio(first, second))
 
 
 def half_width(value: Value) -> float:

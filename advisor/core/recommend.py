@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from advisor.core import deployment, slo
+from advisor.core import deployment, slo, tuning
 from advisor.core.candidates import Field, left_out, row
 from advisor.core.contenders import Contender, contenders, judge_logprobs
 from advisor.core.estimate import gain, half_width
@@ -35,11 +35,11 @@ TOO_WIDE_TO_TIE = 0.05
 
 
 def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, created: str, replayed: bool) -> Report:
-    """The whole report, from judged trials alone."""
+    """The whole report, from judged trials alone. The manifest's question is today's, by which they are judged."""
     asked = manifest.question
     loads = judge_logprobs([one for one in tried if one.spec.kind == "load"])
     checks = [one for one in tried if one.spec.kind == "numerics"]
-    field = Field(manifest, outline, contenders(loads, outline.concurrency, asked.slo))
+    field = Field(manifest, outline, contenders(loads, outline.concurrency, asked.slo, manifest.settings))
     rows = [(one, row(field, one, checks)) for one in field.all]
     missing = [left_out(manifest, one, checks) for one in outline.left_out]
     choice, recommendation = _recommend(field, rows, missing)
@@ -67,9 +67,11 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
 Row = tuple[Contender, Candidate]
 
 
-def _simplicity(one: Candidate) -> tuple[bool, int, bool]:
-    """Simplest first: without MPS, then fewer engines, then no thread percentage."""
-    return one.mps, one.engines, one.thread_percentages is not None
+def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:
+    """Simplest first: without MPS, then fewer engines, then no thread percentage, then nothing set by hand."""
+    default = field.manifest.settings
+    changed = one.settings is not None and tuning.bare(one.settings) != tuning.bare(default)
+    return one.mps, one.engines, one.thread_percentages is not None, changed
 
 
 def _rate(one: Candidate) -> float:
@@ -92,20 +94,25 @@ def _recommend(
     # Where nothing without MPS meets the objectives, MPS has no gain to show and none to fall short of.
     alone = field.best_without is None
     allowed = [(one, row) for one, row in running if not one.mps or alone or _clears(row, threshold)]
+    if not allowed:
+        return None, _inconclusive("nothing without MPS was started often enough to compare MPS with")
     best, best_row = max(allowed, key=lambda pair: pair[0].rate)
     choice, chosen = best, best_row
-    for one, candidate in sorted(allowed, key=lambda pair: _simplicity(pair[1])):
-        if _simplicity(candidate) >= _simplicity(best_row):
+    for one, candidate in sorted(allowed, key=lambda pair: _simplicity(field, pair[1])):
+        if _simplicity(field, candidate) >= _simplicity(field, best_row):
             break
         behind = _gain_over(best, one)
-        if behind.value <= AS_GOOD or _tie(behind):
+        as_good, apart = behind.value <= AS_GOOD, behind.low is not None and behind.low > 1.0
+        if (as_good or not apart) and half_width(behind) <= TOO_WIDE_TO_TIE:
             choice, chosen = one, candidate
             break
-        if behind.low is not None and behind.low <= 1.0:
+        if not apart:
             return None, _inconclusive(
                 f"{name(field, best_row)} gives {times(behind)} {name(field, candidate)}, "
                 "too uncertain to say which is faster"
             )
+    if failed := _faster_but_alone(field, rows, choice):
+        return None, _inconclusive(failed)
     undecided = [row for one, row in running if one.mps and not choice.mps and _undecided(row, threshold)]
     if undecided:
         worst = max(undecided, key=_rate)
@@ -157,9 +164,17 @@ def _gain_over(one: Contender, other: Contender) -> Value:
     return gain(one.estimate, other.estimate)
 
 
-def _tie(behind: Value) -> bool:
-    """Whether two rates cannot be told apart although both are known well."""
-    return behind.low is not None and behind.low <= 1.0 and half_width(behind) <= TOO_WIDE_TO_TIE
+def _faster_but_alone(field: Field, rows: Sequence[Row], choice: Contender) -> str:
+    """Which candidate was faster on its first start, but did not start again; empty if none."""
+    for one, candidate in rows:
+        wanted = one.engines > 1 or one is field.tuned or one is field.default
+        last = one.attempts[-1]
+        if wanted and one.ok and not last.ok and not field.eligible(one) and one.rate > AS_GOOD * choice.rate:
+            return (
+                f"{name(field, candidate)} was faster than all that can be advised, but its later start failed "
+                f"({last.why or last.outcome})"
+            )
+    return ""
 
 
 # Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
@@ -210,11 +225,13 @@ def _explain(
         why = f"{(1 - ratio) * 100:.0f} % slower than what is advised"
     elif one.mps and one.engines == 1:
         why = "shows what MPS itself costs"
-    elif len(one.attempts) < field.manifest.protocol.starts:
-        why = "no faster than what is advised by more than 3 % on its first start, and so not started again"
+    elif len(one.starts) < field.manifest.protocol.starts and one.attempts[-1].ok:
+        why = "no faster by more than 3 % on its first start than others of its kind, and so not started again"
+    elif len(one.starts) < field.manifest.protocol.starts:
+        why = "its later start failed"
     elif not field.eligible(one):
         why = "brought less than 3 % over the settings it was tried on"
-    elif _simplicity(candidate) > _simplicity(chosen) and ratio <= AS_GOOD:
+    elif _simplicity(field, candidate) > _simplicity(field, chosen) and ratio <= AS_GOOD:
         why = "no more than 3 % faster than what is advised, and less simple"
     elif one.mps and not choice.mps:
         why = "its gain over the best without MPS does not clear --min-gain"

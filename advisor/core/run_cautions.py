@@ -9,7 +9,7 @@ import msgspec
 
 from advisor.core.candidates import Field
 from advisor.core.cautions import caution, teardown_cautions
-from advisor.core.estimate import Start, quoted_rate
+from advisor.core.estimate import ratio_of_windows
 from advisor.core.records import Caution
 from advisor.core.tried import Tried, slug
 
@@ -49,20 +49,31 @@ def _not_measured(field: Field) -> Iterator[Caution]:
 
 def _repeated(field: Field) -> Iterator[Caution]:
     for contender in field.all:
-        for one in contender.attempts[:-1]:
-            if one.outcome in _ACCIDENTS:
-                yield caution("repeated", f"{slug(one.spec)} was run once more: {one.why}")
+        for index, one in enumerate(contender.attempts):
+            if one.ok or (not contender.starts and index == len(contender.attempts) - 1):
+                continue
+            again = index < len(contender.attempts) - 1
+            yield caution(
+                "repeated" if again else "start_failed",
+                f"{slug(one.spec)} {'was run once more' if again else 'did not repeat what its first start did'}: "
+                f"{one.why or one.outcome}",
+            )
 
 
 def _drift(field: Field) -> Iterator[Caution]:
-    """The same engines, started again: what changed in between is the machine."""
+    """The same engines, started again: what changed in between, beyond what their own windows vary, is the machine."""
     for one in field.all:
-        rates = [quoted_rate(Start(start.measurement, start.chooses)) for start in one.starts if start.measurement]
-        if len(rates) > 1 and abs(math.log(rates[-1] / rates[0])) > DRIFT_MAX:
+        seen = [start.measurement for start in one.starts if start.measurement is not None]
+        if len(seen) < 2:
+            continue
+        ratio = ratio_of_windows(seen[-1], seen[0])
+        told_apart = not (ratio.low or 0.0) <= 1.0 <= (ratio.high or math.inf)
+        if abs(math.log(ratio.value)) > DRIFT_MAX and told_apart:
+            first, last = (one.throughput_tok_per_s.value for one in (seen[0], seen[-1]))
             yield caution(
                 "drift",
-                f"{slug(one.shown.spec)}: its first start gave {rates[0]:,.0f} tokens/s, its last {rates[-1]:,.0f} "
-                f"({rates[-1] / rates[0] - 1:+.0%}); the machine changed in between.",
+                f"{slug(one.shown.spec)}: its first start gave {first:,.0f} tokens/s, its last {last:,.0f} "
+                f"({ratio.value - 1:+.0%}); the machine changed in between.",
             )
 
 

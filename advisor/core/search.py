@@ -12,7 +12,8 @@ from collections.abc import Generator, Sequence
 import msgspec
 
 from advisor.core import cores, memory, numerics, settings, slo, tuning
-from advisor.core.estimate import upper_gain
+from advisor.core.contenders import judge_logprobs
+from advisor.core.estimate import ratio_of_windows
 from advisor.core.records import EngineSettings, Manifest, Outcome, Record, TrialSpec
 from advisor.core.tried import Tried, candidate, key
 from advisor.core.workload import as_served
@@ -88,7 +89,7 @@ class Search:
         """The best single engine, one change at a time, each kept if it brings 3 %."""
         best, number = default, 0
         while best.ok and best.measurement is not None:
-            step = tuning.steps(self._tuned, self._concurrency, best.measurement.gpu_idle_pct, number)
+            step = tuning.steps(self._tuned, self._manifest.question.workload, best.measurement.gpu_idle_pct, number)
             if step is None:
                 return
             number += 1
@@ -98,10 +99,26 @@ class Search:
                     self._leave_out(1, False, None, "skipped", f"{rival.words}: {why}", base=rival.settings)
                     continue
                 results.append(((yield from self._measured(self._spec(1, mps=False, base=rival.settings))), rival))
-            winner = max((one for one in results if one[0].ok), key=lambda one: one[0].rate, default=None)
-            if winner is not None and winner[0].rate >= WORTH_IT * best.rate:
-                best, self._tuned = winner[0], winner[1].settings
-                self._single = best
+            better = [one for one in results if self._is_better(one[0], best)]
+            if better:
+                best, rival = max(better, key=lambda one: (self._keeps(one[0]), one[0].rate))
+                self._single, self._tuned = best, rival.settings
+
+    def _is_better(self, one: Tried, best: Tried) -> bool:
+        """3 % faster and no further from the objectives, or the first to keep to them."""
+        if one.measurement is None or best.measurement is None:
+            return False
+        objectives = self._manifest.question.slo
+        if objectives:
+            now, then = (slo.worst(seen.measurement, objectives)[0] for seen in (one, best) if seen.measurement)
+            if now > max(1.0, then):
+                return False
+            if now <= 1.0 < then:
+                return True
+        return one.rate >= WORTH_IT * best.rate
+
+    def _keeps(self, one: Tried) -> bool:
+        return one.measurement is not None and slo.meets(one.measurement, self._manifest.question.slo)
 
     def _find_load(self) -> Chapter:
         """Double the load of the tuned engine until that brings under 5 %; loads of equal settings share one start."""
@@ -132,7 +149,7 @@ class Search:
         engines = winner.spec.engines
         if engines != 2:
             yield from self._measured(self._spec(engines, mps=False))
-        if self._protocol.equal_budget and (shared := tuning.shared_budget(self._tuned, engines)):
+        if self._protocol.equal_budget and (shared := tuning.shared_budget(self._for(engines), engines)):
             yield from self._measured(self._spec(engines, mps=False, base=shared))
             divided = yield from self._measured(self._spec(engines, mps=True, base=shared))
             if divided.ok and divided.rate >= WORTH_IT * winner.rate:
@@ -178,11 +195,12 @@ class Search:
         """Whether noise may hide a gain of 3 %; runs without second starts took the figures as they were."""
         if self._protocol.starts < 2 or one.measurement is None or base.measurement is None:
             return False
-        return upper_gain(one.measurement, base.measurement) >= WORTH_IT
+        high = ratio_of_windows(one.measurement, base.measurement).high
+        return high is None or high >= WORTH_IT
 
     def _thread_percentages(self, winner: Tried) -> Chapter:
         """Check the model's products at each percentage first; only what computes correctly becomes a candidate."""
-        engines, base = winner.spec.engines, winner.spec.settings or self._tuned
+        engines, base = winner.spec.engines, winner.spec.settings or self._for(winner.spec.engines)
         wanted = percentages(self._manifest, engines)
         if not wanted:
             return
@@ -202,7 +220,10 @@ class Search:
                 outcome: Outcome = "skipped" if verdict.worst_error is None else "wrong_results"
                 self._leave_out(engines, True, percentage, outcome, verdict.why or "", verdict.worst_error, base=base)
                 continue
-            yield from self._measured(self._spec(engines, mps=True, percentage=percentage, base=base))
+            restricted = yield from self._measured(self._spec(engines, mps=True, percentage=percentage, base=base))
+            # What gives other log-probabilities is no candidate, and must not take the second start of one.
+            if restricted.ok and not judge_logprobs([winner, restricted])[1].ok:
+                self._several_tried.remove(restricted)
 
     def _again(self, default: Tried) -> Chapter:
         """Second starts of what the verdict is made of, each with the loads of its curve; the default engine last, so
@@ -218,16 +239,31 @@ class Search:
         finalists = {candidate(one.spec): one for one in (self._single, *several) if one}
         finalists.pop(last, None)
         for one in (*finalists.values(), default):
-            if not one.ok:
-                continue
-            spec = one.spec
-            for _ in range(1, self._protocol.starts):
-                spec = msgspec.structs.replace(spec, repeat=spec.repeat + 1)
-                spec = (yield from self._measured(spec)).spec
-            for share in sorted(self._protocol.curve, reverse=True):
-                load = max(spec.engines, round(share * self._concurrency))
-                if load < self._concurrency:
-                    yield from self._measured(_at_load(spec, load, short=True))
+            if one.ok:
+                yield from self._once_more(one)
+
+    def _once_more(self, one: Tried) -> Chapter:
+        """Further starts of a candidate; its last one also at smaller loads."""
+        last = one
+        for _ in range(1, self._protocol.starts):
+            last = yield from self._measured(msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1))
+            if not last.ok:
+                return  # what does not start again is not advised, whatever its curve
+        points = {self._concurrency: last}
+        for share in sorted(self._protocol.curve, reverse=True):
+            yield from self._at_smaller(last, round(share * self._concurrency), points)
+        # Where one load misses the objectives and the next smaller one keeps to them, look in between, twice.
+        for _ in range(2 if self._manifest.question.slo else 0):
+            keeping = [load for load, point in points.items() if self._keeps(point)]
+            missing = [load for load, point in points.items() if load > max(keeping, default=0) and point.ok]
+            if not keeping or not missing:
+                return
+            yield from self._at_smaller(last, (max(keeping) + min(missing)) // 2, points)
+
+    def _at_smaller(self, last: Tried, load: int, points: dict[int, Tried]) -> Chapter:
+        load = max(last.spec.engines, load)
+        if load < self._concurrency and load not in points:
+            points[load] = yield from self._measured(_at_load(last.spec, load, short=True))
 
     # -- trials
 
@@ -250,7 +286,12 @@ class Search:
     def _spec(
         self, engines: int, *, mps: bool, percentage: int | None = None, base: EngineSettings | None = None
     ) -> TrialSpec:
-        return load_spec(self._manifest, engines, mps=mps, percentage=percentage, base=base or self._tuned)
+        told = base or self._for(engines)
+        return load_spec(self._manifest, engines, mps=mps, percentage=percentage, base=told)
+
+    def _for(self, engines: int) -> EngineSettings:
+        """The tuned settings for this many engines."""
+        return tuning.for_share(self._tuned, self._manifest.settings, self._concurrency, engines)
 
     def _refusal(self, engines: int) -> tuple[Outcome, str] | None:
         """Why this many engines cannot even be tried, by computation; None when they can."""
@@ -266,7 +307,7 @@ class Search:
                 f"{engines} engines need {2 * engines} physical cores beside the load generator's; "
                 f"this machine has {len(self._manifest.host.cores)}"
             )
-        if why := self._no_room(engines, self._tuned):
+        if why := self._no_room(engines, self._for(engines)):
             return "infeasible", why
         return None
 
@@ -389,7 +430,8 @@ def _at_load(spec: TrialSpec, concurrency: int, *, short: bool = False) -> Trial
     protocol = spec.protocol
     if short:
         protocol = msgspec.structs.replace(protocol, measure_min_s=protocol.curve_min_s, precision=0.0)
-    label = "-".join(part for part in (spec.label, f"load{concurrency}") if part)
+    kept = [part for part in spec.label.split("-") if part and not part.startswith("load")]
+    label = "-".join([*kept, f"load{concurrency}"])
     return msgspec.structs.replace(spec, workload=workload, protocol=protocol, label=label)
 
 
@@ -417,4 +459,5 @@ _MIXED_SIZES = (520, 777, 1024, 1283, 1536, 2048, 2601, 3072, 4096, 5003, 6144, 
 def _checked_sizes(base: EngineSettings) -> list[int]:
     """Batch sizes at which products are checked: the captured ones, and a sample of those beyond them."""
     captured = settings.captured_batch_sizes(base.max_cudagraph_capture_size, base.max_num_batched_tokens)
-    return captured + [n for n in _MIXED_SIZES if base.max_cudagraph_capture_size < n < base.max_num_batched_tokens]
+    beyond = (*_MIXED_SIZES, *range(9001, base.max_num_batched_tokens, 2003))
+    return captured + [n for n in beyond if base.max_cudagraph_capture_size < n < base.max_num_batched_tokens]

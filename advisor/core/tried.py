@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 
 from advisor.core import cautions, measure, validity
-from advisor.core.estimate import choosing_rate
 from advisor.core.records import Caution, Measurement, Outcome, RawTrial, Record, TrialSpec
 
 
@@ -25,19 +24,8 @@ class Tried(Record, frozen=True):
 
     @property
     def rate(self) -> float:
-        """Output tokens per second to order candidates by, 0.0 for a trial that does not count.
-
-        Where candidates are started again, only the part of the window that is not quoted later.
-        """
-        if self.measurement is None:
-            return 0.0
-        return choosing_rate(self.measurement) if self.chooses else self.measurement.throughput_tok_per_s.value
-
-    @property
-    def chooses(self) -> bool:
-        """Whether a part of this window is set aside for choosing between candidates."""
-        protocol = self.spec.protocol
-        return protocol is not None and protocol.starts > 1 and not self.spec.repeat
+        """Output tokens per second, 0.0 for a trial that does not count (for ordering only)."""
+        return self.measurement.throughput_tok_per_s.value if self.measurement else 0.0
 
 
 def judge(raw: RawTrial) -> Tried:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from msgspec import structs
 
-from advisor.core.records import EngineSettings, Record
+from advisor.core.records import EngineSettings, Record, Workload
 
 # With the GPU idle for less than this, nothing that only spares the CPU can help.
 GPU_BUSY_IDLE_PCT = 10.0
@@ -34,15 +34,15 @@ class Step(Record, frozen=True):
     skipped: str = ""
 
 
-def steps(base: EngineSettings, concurrency: int, gpu_idle_pct: float | None, number: int) -> Step | None:
+def steps(base: EngineSettings, workload: Workload, gpu_idle_pct: float | None, number: int) -> Step | None:
     """The `number`-th step (from 0) from the settings found so far; None after the last.
 
-    `concurrency` is the requests in flight, `gpu_idle_pct` what was seen of the engine with these settings.
+    `gpu_idle_pct` is what was seen of the engine with these settings.
     """
     makers = (_batch, _front_end, _streaming, _async, _budget)
     if number >= len(makers):
         return None
-    rivals = makers[number](base, concurrency)
+    rivals = makers[number](base, workload)
     spares_cpu = makers[number] in (_front_end, _streaming, _async)
     if rivals and spares_cpu and gpu_idle_pct is not None and gpu_idle_pct < GPU_BUSY_IDLE_PCT:
         return Step(
@@ -59,14 +59,29 @@ def for_batch(base: EngineSettings, concurrency: int) -> EngineSettings:
     return structs.replace(base, max_num_seqs=seqs, max_cudagraph_capture_size=capture, max_num_batched_tokens=budget)
 
 
-def _batch(base: EngineSettings, concurrency: int) -> list[Rival]:
-    changed = for_batch(base, concurrency)
+def for_share(tuned: EngineSettings, default: EngineSettings, concurrency: int, engines: int) -> EngineSettings:
+    """The tuned settings with sequences and graphs for one engine's share of the load, and a tenth more.
+
+    They cost memory in every engine: what one engine needs for the whole load, several do not need each.
+    """
+    if engines == 1:
+        return tuned
+    least = structs.replace(
+        tuned,
+        max_num_seqs=min(tuned.max_num_seqs, default.max_num_seqs),
+        max_cudagraph_capture_size=min(tuned.max_cudagraph_capture_size, default.max_cudagraph_capture_size),
+    )
+    return for_batch(least, -(-concurrency * 11 // (10 * engines)))
+
+
+def _batch(base: EngineSettings, workload: Workload) -> list[Rival]:
+    changed = for_batch(base, workload.concurrency)
     if changed == base:
         return []
     return [Rival(words=f"graphs up to batch {changed.max_cudagraph_capture_size}", settings=changed)]
 
 
-def _front_end(base: EngineSettings, concurrency: int) -> list[Rival]:
+def _front_end(base: EngineSettings, workload: Workload) -> list[Rival]:
     if base.rust_front_end or base.api_server_count > 1:
         return []
     return [
@@ -75,20 +90,20 @@ def _front_end(base: EngineSettings, concurrency: int) -> list[Rival]:
     ]
 
 
-def _streaming(base: EngineSettings, concurrency: int) -> list[Rival]:
-    if base.rust_front_end or base.stream_interval >= STREAM_INTERVAL:
-        return []  # the Rust front end of 0.26 knows no interval
+def _streaming(base: EngineSettings, workload: Workload) -> list[Rival]:
+    if base.rust_front_end or base.stream_interval >= STREAM_INTERVAL or workload.kind == "prefill":
+        return []  # the Rust front end of 0.26 knows no interval, and one token is no stream
     changed = structs.replace(base, stream_interval=STREAM_INTERVAL)
     return [Rival(words=f"{STREAM_INTERVAL} tokens per streamed piece", settings=changed)]
 
 
-def _async(base: EngineSettings, concurrency: int) -> list[Rival]:
+def _async(base: EngineSettings, workload: Workload) -> list[Rival]:
     if base.async_scheduling:
         return []  # the default of 0.26
     return [Rival(words="asynchronous scheduling", settings=structs.replace(base, async_scheduling=True))]
 
 
-def _budget(base: EngineSettings, concurrency: int) -> list[Rival]:
+def _budget(base: EngineSettings, workload: Workload) -> list[Rival]:
     doubled = 2 * base.max_num_batched_tokens
     changed = structs.replace(base, max_num_batched_tokens=doubled)
     return [Rival(words=f"token budget {doubled}", settings=changed)]
@@ -123,6 +138,8 @@ def words(settings: EngineSettings, default: EngineSettings) -> list[str]:
         said.append(("" if settings.async_scheduling else "no ") + "asynchronous scheduling")
     if settings.max_num_batched_tokens != default.max_num_batched_tokens:
         said.append(f"token budget {settings.max_num_batched_tokens}")
+    if settings.max_num_seqs != default.max_num_seqs:
+        said.append(f"{settings.max_num_seqs} sequences")
     if settings.max_cudagraph_capture_size != default.max_cudagraph_capture_size:
         said.append(f"graphs up to batch {settings.max_cudagraph_capture_size}")
     return said
@@ -138,6 +155,7 @@ def label(settings: EngineSettings, default: EngineSettings) -> str:
         f"budget{settings.max_num_batched_tokens}"
         if settings.max_num_batched_tokens != default.max_num_batched_tokens
         else "",
+        f"seqs{settings.max_num_seqs}" if settings.max_num_seqs != default.max_num_seqs else "",
         f"graphs{settings.max_cudagraph_capture_size}"
         if settings.max_cudagraph_capture_size != default.max_cudagraph_capture_size
         else "",

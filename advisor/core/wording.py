@@ -89,7 +89,8 @@ def sentence(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold
         return f"{kept}Run {choice.engines} engines without MPS{load}: {gained}{against}"
     what = name(field, choice)
     gained = "" if what == "1 engine" else f": {_list(over)}"
-    return f"{kept}Run {what}{load}, leave MPS alone{gained}.{against}"
+    untried = "" if rival is not None else " Several engines under MPS were not measured."
+    return f"{kept}Run {what}{load}, leave MPS alone{gained}.{against}{untried}"
 
 
 def _over(gain: Value | None, what: str) -> str:
@@ -126,10 +127,9 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
             f"{name(field, best_without)} with {rate(best_without):,.0f}."
         )
         if best_without.engines > 1 and best_without.gain_vs_default is not None:
-            reasons.append(
-                f"Of the gain over one engine, {times(best_without.gain_vs_default)} needs no MPS, "
-                f"only {best_without.engines} engines."
-            )
+            tuned = field.tuned is not None and field.tuned is not field.default
+            needs = f"only {'tuning and ' if tuned else ''}{best_without.engines} engines"
+            reasons.append(f"Of the gain over one engine, {times(best_without.gain_vs_default)} needs no MPS, {needs}.")
     elif rival is not None and best_without is not None:
         gain = rival.gain_vs_best_without_mps
         reached = gain is not None and gain.value >= threshold
