@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -284,3 +285,46 @@ def test_one_teardown_proves_the_end_of_all_windows_of_a_start():
     runner.keeps_a_teardown = False
     (caution,) = unproven()
     assert "more trials" in caution.text
+
+
+COLUMNS = [
+    f"h200-qwen2.5-{run}{host}"
+    for run in ("0.5b-serve-1024", "0.5b-prefill-1024", "3b-serve-1024")
+    for host in ("-faster-host", "")
+]
+ROWS = {
+    "1 engine, default": (1, False, None),
+    "1 engine under MPS": (1, True, None),
+    "2 engines, no MPS": (2, False, None),
+    "2 engines under MPS": (2, True, None),
+    "3 engines, no MPS": (3, False, None),
+    "3 engines under MPS": (3, True, None),
+    "4 engines, no MPS": (4, False, None),
+    "4 engines under MPS": (4, True, None),
+    "5 engines under MPS": (5, True, None),
+}
+
+
+def test_the_table_of_the_readme_says_what_the_runs_say():
+    reports = [replay(ROOT / "data" / name) for name in COLUMNS]
+    checked = 0
+    engines = 0
+    for line in (ROOT / "README.md").read_text().splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else [""]
+        if name in ROWS:
+            engines, mps, percentage = ROWS[name]
+        elif name.startswith("… at "):
+            mps, percentage = True, int(name.removeprefix("… at ").removesuffix(" %"))
+        else:
+            continue
+        for cell, report in zip(cells, reports, strict=True):
+            found = re.fullmatch(r"([\d,]+) ±(<?\d+) %", cell)
+            if found is None:
+                assert cell in ("–", "crashed"), cell
+                continue
+            value = of(report, engines, mps, percentage).throughput_tok_per_s
+            half = (value.high - value.low) / 2 / value.value * 100
+            assert found[1] == f"{value.value:,.0f}"
+            assert found[2] == ("<1" if half < 0.5 else f"{half:.0f}"), (name, cell, half)
+            checked += 1
+    assert checked > 35
