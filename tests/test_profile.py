@@ -168,6 +168,20 @@ def test_a_profile_with_tuning_second_starts_and_curves_says_live_what_its_repla
     assert bench.processes() == []
 
 
+def test_lengths_may_be_mixed_and_an_objective_that_nothing_meets_is_exit_4(bench):
+    out = bench.directory / "mixed"
+    asked = ("--model", str(bench.tiny), "--ctx", "32:96", "--osl", "8:24", "--concurrency", "8")
+    asked += ("--thread-percentages", "none", "--max-engines", "1")
+    live = bench.run(*asked, "--out", str(out), "--format", "json", "--slo", "ttft_p95=0.001ms")
+    assert live.returncode == 4, live.stderr
+    report = report_of(live)
+    assert report["recommendation"]["status"] == "no_slo"
+    assert "The nearest is 1 engine" in report["recommendation"]["sentence"]
+    assert (report["workload"]["isl_range"], report["workload"]["osl_range"]) == ([32, 96], [8, 24])
+    met = bench.run("--replay", str(out), *asked, "--format", "json", "--slo", "ttft_p95=60s")
+    assert (met.returncode, report_of(met)["recommendation"]["engines"]) == (0, 1)
+
+
 def test_the_report_on_disk_is_never_read(recorded, run):
     want = without_stamp(report_of(recorded.done))
     (run / "report.json").write_text("{ this is no report")
@@ -469,6 +483,12 @@ def test_a_tokenizer_without_plain_words_is_refused(bench):
     ("options", "word"),
     [
         (("--ctx", "0"), "--ctx"),
+        (("--ctx", "96:32"), "--ctx"),
+        (("--ctx", "64", "--osl", "a"), "--osl"),
+        (("--ctx", "64", "--concurrency", "many"), "--concurrency"),
+        (("--ctx", "64", "--slo", "fast"), "--slo"),
+        (("--ctx", "64", "--workload", "prefill", "--slo", "itl_p95=20ms"), "leave out itl_p95"),
+        (("--ctx", "32:64", "--workload", "decode"), "--workload decode"),
         (("--ctx", "64", "--thread-percentages", "40,x"), "--thread-percentages"),
         (("--ctx", "64", "--thread-percentages", "0"), "--thread-percentages"),
         (("--ctx", "64", "--min-gain", "much"), "--min-gain"),

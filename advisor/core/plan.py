@@ -172,7 +172,9 @@ def _trial_s(workload: Workload, model: ModelFacts, protocol: Protocol) -> Span:
     """Seconds of warm-up and window, from the fastest and the slowest rate that is plausible for this model."""
     fast = min(FAST_TOK_PER_S, FAST_PARAMETER_TOK_PER_S / parameters(model))
     slow = min(SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S / parameters(model))
-    return _trial_at_s(workload, protocol, fast), _trial_at_s(workload, protocol, slow)
+    # A window that is not known well enough goes on.
+    rough_s = max(0.0, protocol.precise_max_s - protocol.measure_min_s) if protocol.precision else 0.0
+    return _trial_at_s(workload, protocol, fast), _trial_at_s(workload, protocol, slow) + rough_s
 
 
 def _trial_at_s(workload: Workload, protocol: Protocol, tok_per_s: float) -> float:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from advisor.core.doctor import Check
+from advisor.report.terminal import NARROWEST, wrap
 
 # Word, its style, what introduces the remedy. The words carry the meaning; colour only repeats it.
 _WORDS = {"ok": ("ok", "green", ""), "warn": ("warn", "yellow", "note"), "fail": ("FAIL", "bold red", "fix")}
@@ -29,7 +30,7 @@ def table(checks: Sequence[Check], fit: bool) -> RenderableType:
         if check.remedy:
             what.append(f"\n{label}: {check.remedy}", style="bold")
         grid.add_row(Text(word, style=style), Text(check.name), what)
-    return Group(grid, Text(""), Text(_closing(checks, fit)))
+    return Group(grid, Text(""), Text("\n".join(wrap(_closing(checks, fit), NARROWEST))))
 
 
 def as_json(checks: Sequence[Check], fit: bool) -> dict[str, Any]:

@@ -441,7 +441,8 @@ def _shell_lines(command: str, words: Sequence[str], width: int) -> Iterator[str
     program_seen = False
     for word in words:
         # Variables that are set for the command stand before its name.
-        if groups[-1] and (not program_seen or word.startswith("--")):
+        full = len(" ".join([*groups[-1], word])) > width - 8  # room for the indent and the backslash
+        if groups[-1] and (not program_seen or word.startswith("--") or full):
             groups.append([])
         program_seen = program_seen or re.match(r"\w+=", word) is None
         groups[-1].append(word)
