@@ -216,9 +216,8 @@ def _explain(
     if not one.ok:
         objectives = field.manifest.question.slo
         assert one.nearest is not None
-        why = (
-            f"meets {slo.shown(objectives)} at no load: {slo.told(one.nearest, slo.worst(one.nearest, objectives)[1])}"
-        )
+        missed = slo.told(one.nearest, slo.worst(one.nearest, objectives)[1])
+        why = f"misses {slo.shown(objectives)} at every load that was measured; at best {missed}"
         return msgspec.structs.replace(candidate, why_not=why)
     ratio = 1 / _gain_over(choice, one).value
     if ratio < 1 / AS_GOOD:

@@ -15,6 +15,8 @@ from advisor.core.tried import Tried, slug
 
 # Two starts of the same engines differ by less on a machine that stays as it is.
 DRIFT_MAX = 0.05
+# A 99 % interval is about so much wider than a 90 % one; several candidates are looked at, and none may cry wolf.
+CERTAIN = 1.6
 _ACCIDENTS = ("crash", "timeout", "invalid", "not_attached")
 
 
@@ -67,8 +69,8 @@ def _drift(field: Field) -> Iterator[Caution]:
         if len(seen) < 2:
             continue
         ratio = ratio_of_windows(seen[-1], seen[0])
-        told_apart = not (ratio.low or 0.0) <= 1.0 <= (ratio.high or math.inf)
-        if abs(math.log(ratio.value)) > DRIFT_MAX and told_apart:
+        sure = CERTAIN * math.log((ratio.high or math.inf) / ratio.value)
+        if abs(math.log(ratio.value)) > max(DRIFT_MAX, sure):
             first, last = (one.throughput_tok_per_s.value for one in (seen[0], seen[-1]))
             yield caution(
                 "drift",
