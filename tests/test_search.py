@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
 import statistics
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_terminal import report
 
 from advisor.core import tuning
@@ -31,6 +33,7 @@ from advisor.core.records import (
 )
 from advisor.core.search import Search
 from advisor.core.tried import Tried, key
+from advisor.report.terminal import render
 
 MACHINE = report()
 SETTINGS = msgspec.structs.replace(
@@ -122,6 +125,15 @@ def test_what_decides_is_started_twice_and_measured_at_smaller_loads():
     assert {(one.engines, one.mps) for one in twice} == {(1, False), (2, False), (2, True)}
     assert all([point.concurrency for point in one.curve] == [32, 64, 128, 256] for one in twice)
     assert all(one.starts in (None, 1) and one.curve == [] for one in report.candidates if one not in twice)
+
+
+def test_windows_go_on_until_they_are_known_well_only_where_they_are_quoted():
+    world = World(by_engines(1000, 1500, mps=1.3))
+    world.profile()
+    full = [spec for spec in world.asked if spec.workload.concurrency == 256]
+    assert {spec.protocol.precision for spec in full if not spec.repeat} == {0.0}
+    assert {spec.protocol.precision for spec in full if spec.repeat} == {FULL.precision}
+    assert {spec.protocol.precision for spec in world.asked if spec.workload.concurrency < 256} == {0.0}
 
 
 def test_no_trial_is_asked_for_twice():
@@ -439,3 +451,45 @@ def test_a_divided_budget_holds_a_token_of_every_sequence():
     assert shared.max_num_batched_tokens == 2720
     assert shared.max_num_seqs <= shared.max_num_batched_tokens >= shared.max_cudagraph_capture_size
     assert tuning.shared_budget(SETTINGS, 1) is None
+
+
+# ---------------------------------------------------------------- on a screen
+
+
+def screen(report):
+    file = io.StringIO()
+    render(report, Console(file=file, width=80))
+    return file.getvalue()
+
+
+def test_the_report_shows_where_the_gain_comes_from_and_what_came_over_the_load():
+    def rate(spec):
+        better = 1.3 if spec.settings.api_server_count == 2 else 1.0
+        return by_engines(1000, 1500, mps=1.4)(spec) * better * spec.workload.concurrency / 256
+
+    text = screen(World(rate, noise=0.01, between_starts=0.01, itl_ms=latency).profile())
+    assert all(len(line) <= 80 for line in text.splitlines())
+    credit = text[text.index("Where the gain comes from:") :]
+    for words in (
+        "2 API servers",
+        "2 engines without MPS",
+        "2 engines under MPS",
+        "× together, over the default engine",
+    ):
+        assert words in credit
+    curve = text[text.index("Over the load:") :].splitlines()[:6]
+    assert "in flight" in curve[1]
+    assert "[a] 2 API servers" in text
+
+
+def test_steps_that_are_not_advised_are_not_called_a_gain():
+    text = screen(World(by_engines(1000, 1500, mps=0.9), itl_ms=latency).profile())
+    assert "Where the gain comes from" not in text
+    assert "the last steps are not advised" in text
+
+
+def test_under_objectives_the_table_shows_the_load_of_each_figure():
+    report = World(by_engines(1000, 1500), itl_ms=latency).profile(slo={"itl_p95": 6.0})
+    text = screen(report)
+    assert "in flight" in text.splitlines()[1] + text.splitlines()[2]
+    assert f"with {report.recommendation.concurrency} in flight" in " ".join(text.split())

@@ -150,7 +150,7 @@ class Protocol(Record, frozen=True):
     equal_budget: bool = False  # try the winner also with the single engine's token budget divided among its engines
     curve: list[float] = []  # shares of the concurrency at which the finalists are measured too
     curve_min_s: float = 8.0  # shortest window of such a point
-    precision: float = 0.0  # a window goes on until its interval is at most ± this share; 0: it does not
+    precision: float = 0.0  # a quoted window goes on until its interval is at most ± this share; 0: it does not
     precise_max_s: float = 60.0  # but no longer than this for that reason alone
 
 

@@ -246,7 +246,8 @@ class Search:
         """Further starts of a candidate; its last one also at smaller loads."""
         last = one
         for _ in range(1, self._protocol.starts):
-            last = yield from self._measured(msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1))
+            spec = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
+            last = yield from self._measured(spec)
             if not last.ok:
                 return  # what does not start again is not advised, whatever its curve
         points = {self._concurrency: last}
@@ -415,7 +416,8 @@ def load_spec(
         thread_percentage=percentage,
         settings=engine_settings(manifest, engines, base),
         workload=manifest.question.workload,
-        protocol=manifest.protocol,
+        # What only chooses need not be known as well as what is quoted.
+        protocol=msgspec.structs.replace(manifest.protocol, precision=0.0),
         engine_cores=placed.engine_cores,
         load_cores=placed.load_cores,
         label=tuning.label(base or manifest.settings, manifest.settings),
