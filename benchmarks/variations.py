@@ -6,7 +6,8 @@ A NAME is a number of engines, `m` for MPS, and changes joined by +: `1`, `1+api
 A name given again is another start of the same.
 
     rust  apiN  streamN  budgetN  graphsN  noasync     engine settings
-    cores1  unpinned  load1                            cores an engine may use, all for all, load cores
+    coresN  unpinned  loadN                            cores an engine may use, all for all, load cores
+    split                                              the engine core alone on its engine's first core
     warmupX  windowS                                   turnovers of warm-up, seconds of window
     loadedN                                            requests in flight
     idleN                                              N more engines that get no request
@@ -61,6 +62,8 @@ def variation(manifest: Manifest, name: str, number: int) -> TrialSpec:
             case "unpinned":
                 everything = sorted({core for cores in spec.engine_cores for core in cores} | set(spec.load_cores))
                 changes["engine_cores"] = [everything] * spec.engines
+            case "split":
+                changes["split_cores"] = True
             case "load":
                 changes["load_cores"] = spec.load_cores[: int(amount)]
             case "warmup":

@@ -49,6 +49,21 @@ def test_two_loads_of_the_same_engines_are_measured_in_one_start(site):
     assert [e.prompt_logprobs for e in second.engines] == [e.prompt_logprobs for e in first.engines]
 
 
+def test_idle_engines_are_started_and_attached_and_get_no_request(site):
+    runner, folder = live(site)
+    with runner:
+        runner.run(msgspec.structs.replace(site.spec(2), engines=1, idle_engines=1, split_cores=True))
+    (raw,) = folder.trials()
+
+    assert codes(raw) == []
+    assert [load.engine for load in raw.loads] == [0]
+    assert sorted(raw.mps.clients_start) == sorted(cores_of(raw)) and len(raw.engines) == 2
+    counted = [
+        engine.counters_end.generation_tokens - engine.counters_start.generation_tokens for engine in raw.engines
+    ]
+    assert counted[0] > 0 == counted[1]
+
+
 def test_the_second_window_counts_only_its_own_tokens(site):
     runner, folder = live(site)
     with runner:

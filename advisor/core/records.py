@@ -200,6 +200,7 @@ class TrialSpec(Record, frozen=True):
     percentages: list[int] = []
     batch_sizes: list[int] = []
     idle_engines: int = 0  # further engines, after the others, that get no request
+    split_cores: bool = False  # the engine core gets the first of its engine's cores, everything else the others
     repeat: int = 0
     label: str = ""  # what sets it apart in file names; no part of its identity
 

@@ -17,4 +17,5 @@ def same_start(one: TrialSpec, other: TrialSpec) -> bool:
 def _engines(spec: TrialSpec) -> tuple[object, ...]:
     # Engines that have their KV cache filled by a stand-in for prefill get another flag: the kind of the workload.
     kind = None if spec.workload is None else spec.workload.kind
-    return (spec.engines, spec.mps, spec.thread_percentage, spec.settings, spec.engine_cores, spec.repeat, kind)
+    placed = (spec.engine_cores, spec.split_cores)
+    return (spec.engines, spec.mps, spec.thread_percentage, spec.settings, placed, spec.repeat, kind)

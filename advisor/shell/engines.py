@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import re
 import signal
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,18 @@ class Engines:
             [one.pid for one in engine.known.values() if one.alive and not _is_core(one)] for engine in self._engines
         ]
 
+    def split_cores(self) -> None:
+        """Give each engine core the first of its engine's cores alone, and the engine's other processes the rest."""
+        for engine, fronts in zip(self._engines, self.front_pids(), strict=True):
+            first, *rest = engine.launch.cores
+            placed = [(pid, rest or [first]) for pid in fronts]
+            placed += [(engine.core.pid, [first])] if engine.core is not None else []
+            for pid, cores in placed:
+                for thread in _threads(pid):
+                    # A thread that has just ended needs no core.
+                    with suppress(ProcessLookupError):
+                        os.sched_setaffinity(thread, cores)
+
     def own_pids(self) -> set[int]:
         """Every process of these engines that was ever seen."""
         for engine in self._engines:
@@ -382,6 +396,13 @@ def port_blocks(count: int) -> list[int]:
         if all(map(_is_free, range(base, base + wanted))):
             return list(range(base, base + wanted, PORTS_PER_ENGINE))
     raise Unfit(f"no {wanted} free TCP ports in a row below {first_dealt}; end what holds them")
+
+
+def _threads(pid: int) -> list[int]:
+    try:
+        return [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]
+    except FileNotFoundError:
+        return []
 
 
 def _is_free(port: int) -> bool:

@@ -96,6 +96,8 @@ class Start:
         self._engines.wait_ready(
             self._protocol.engine_start_timeout_s, lambda ready: say(f"starting engines, {ready} of {total} ready")
         )
+        if self.spec.split_cores:
+            self._engines.split_cores()
 
     def _start_daemon(self) -> dict[str, str]:
         if not self.spec.mps:

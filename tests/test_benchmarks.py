@@ -1,0 +1,49 @@
+"""What of the benchmarks can be tested without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gpm_lag import best_lag_s, share_on
+from variations import variation
+
+from advisor.shell.store import RunFolder
+
+MANIFEST = RunFolder(ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024").manifest()
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.15, 0.4])
+def test_the_lag_of_samples_behind_a_switched_load_is_found(lag):
+    stretches = [(2.0 * n, 2.0 * n + 1.0) for n in range(15)]
+    at_s = [2.5 + 0.1 * n for n in range(200)]
+    values = [100 * share_on(stretches, at - 0.1 - lag, at - lag) for at in at_s]
+    found, correlation = best_lag_s(stretches, at_s, [0.1] * len(at_s), values)
+    assert found == pytest.approx(lag, abs=0.011)
+    assert correlation > 0.99
+
+
+def test_a_variation_is_what_its_name_says():
+    spec = variation(MANIFEST, "1m+api2+idle2+cores2+window30+loaded64+split", 7)
+    assert (spec.engines, spec.idle_engines, spec.mps, spec.repeat, spec.split_cores) == (1, 2, True, 7, True)
+    assert spec.settings.api_server_count == 2
+    assert [len(cores) for cores in spec.engine_cores] == [2, 2, 2]
+    assert (spec.protocol.measure_min_s, spec.workload.concurrency) == (30.0, 64)
+
+
+def test_a_variation_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="is no variation"):
+        variation(MANIFEST, "1+turbo", 0)
+
+
+@pytest.mark.parametrize("name", ["variations.py", "gpm_lag.py"])
+def test_a_benchmark_explains_itself(name):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "python benchmarks/" in done.stdout
