@@ -189,7 +189,10 @@ def profile(
     if dry_run:
         typer.echo(profiling.plan(asked, as_json=format is Format.json), nl=False)
         return
-    report = profiling.replayed(asked, replay) if replay is not None else profiling.live(asked, _stderr())
+    if replay is not None:
+        report = profiling.replayed(asked, replay, lambda text: typer.echo(text, err=True))
+    else:
+        report = profiling.live(asked, _stderr())
     _print(report, format)
     raise typer.Exit(0 if report.recommendation.status == "recommend" else 4)
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -150,8 +151,8 @@ def _settings(model: ModelFacts, gpu: GpuFacts, question: Question) -> EngineSet
 # ---------------------------------------------------------------- replay
 
 
-def replayed(asked: Asked, where: str) -> Report:
-    """The report of a recorded run, computed from its raw evidence alone."""
+def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text: None) -> Report:
+    """The report of a recorded run, computed from its raw evidence alone. `say` is told which one was chosen."""
     if asked.resume or asked.out is not None or asked.gpu is not None:
         raise BadQuestion("--replay measures nothing and records nothing; leave out --resume, --out and --gpu")
     workload = _workload(asked) if asked.ctx is not None else None
@@ -189,7 +190,10 @@ def replayed(asked: Asked, where: str) -> Report:
     if asked.slo is not None:
         _refuse_unseen(asked, question.workload.kind)
         question = msgspec.structs.replace(question, slo=asked.slo)
-    return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True, judged_by=question)
+    report = flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True, judged_by=question)
+    if where == "auto":
+        say(f"replayed {folder.path.name}, recorded on {manifest.created[:10]}; --replay DIR names another run")
+    return report
 
 
 # ---------------------------------------------------------------- dry run

@@ -466,6 +466,8 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"Each output token stands for a prompt of {report.workload.isl:,} tokens."
     if report.replayed:
         yield "This report was replayed from a recorded run: nothing was measured now."
+        if report.recommendation.commands:
+            yield "GPU and cores in the commands are those of the recorded machine."
     if report.model.weights == "dummy" and all(one.code != "dummy_weights" for one in report.warnings):
         yield "The weights are dummies of the right shape: the speed is measured, the generated text means nothing."
 
