@@ -158,6 +158,7 @@ def test_a_profile_with_tuning_second_starts_and_curves_says_live_what_its_repla
     assert without_stamp(replayed) == without_stamp(report)
     assert report["recommendation"]["status"] in ("recommend", "inconclusive"), report["recommendation"]["sentence"]
     default = report["candidates"][0]
+    assert report["core_s"] > 0
     assert default["starts"] == 2 and [point["concurrency"] for point in default["curve"]] == [2, 4, 8]
     assert {step["step"] for step in report["waterfall"]} <= {"tuned", "engines", "mps"}
     tried = {one["settings"]["api_server_count"] for one in report["candidates"] if one["settings"]}

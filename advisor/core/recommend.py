@@ -10,6 +10,7 @@ import msgspec
 from advisor.core import deployment, slo, tuning
 from advisor.core.candidates import Field, left_out, row
 from advisor.core.contenders import Contender, contenders, judge_logprobs
+from advisor.core.contention import core_speed
 from advisor.core.estimate import gain, half_width
 from advisor.core.records import (
     SCHEMA_VERSION,
@@ -61,6 +62,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
         recommendation=recommendation,
         timeline=_timeline(tried),
         question=asked,
+        core_s=core_speed([one.raw for one in loads]),
     )
 
 

@@ -573,3 +573,4 @@ class Report(Record, frozen=True):
     recommendation: Recommendation
     timeline: list[Stage]
     question: Question
+    core_s: float | None = None  # what the host's cores take for a fixed piece of work, median over trials and cores

@@ -464,6 +464,8 @@ def _notes(report: Report) -> Iterator[str]:
             yield f"{_name(one)}: {one.source}, not measured."
     if report.workload.kind == "prefill":
         yield f"Each output token stands for a prompt of {report.workload.isl:,} tokens."
+    if report.core_s is not None:
+        yield f"A verdict holds for cores as fast as these: {report.core_s * 1000:.1f} ms for the fixed piece of work."
     if report.replayed:
         yield "This report was replayed from a recorded run: nothing was measured now."
         if report.recommendation.commands:
