@@ -156,6 +156,14 @@ def test_a_setting_that_helps_one_engine_is_given_to_all():
     assert "2 API servers" in tuned.change
 
 
+def test_a_setting_that_does_not_start_costs_one_short_try_and_no_verdict():
+    world = World(by_engines(1000, 1500, mps=1.3), fails=[lambda spec: spec.settings.rust_front_end])
+    report = world.profile()
+    tried = [spec for spec in world.asked if spec.settings.rust_front_end]
+    assert len(tried) == 1 and tried[0].protocol.engine_start_timeout_s < FULL.engine_start_timeout_s
+    assert report.recommendation.status == "recommend" and report.recommendation.mps
+
+
 def test_settings_that_bring_under_3_percent_are_not_kept():
     def rate(spec):
         return by_engines(1000, 1600)(spec) * (1.02 if spec.settings.api_server_count == 2 else 1.0)

@@ -23,6 +23,8 @@ WORTH_IT = 1.03
 # Another doubling of the load has to add this much (`--concurrency auto`).
 STILL_GROWS = 1.05
 LEAST_LOAD, MOST_LOAD, LOADS_OF_ONE_START = 32, 4096, 512
+# The first engine of a bare machine takes up to 120 s; one with another setting finds most of that done.
+RIVAL_START_TIMEOUT_S = 180.0
 # MPS plans with 48 clients at most; one engine is one client.
 MPS_CLIENTS = 48
 
@@ -98,11 +100,18 @@ class Search:
                 if why := step.skipped or self._no_room(1, rival.settings):
                     self._leave_out(1, False, None, "skipped", f"{rival.words}: {why}", base=rival.settings)
                     continue
-                results.append(((yield from self._measured(self._spec(1, mps=False, base=rival.settings))), rival))
+                results.append(((yield from self._rival(rival)), rival))
             better = [one for one in results if self._is_better(one[0], best)]
             if better:
                 best, rival = max(better, key=lambda one: (self._keeps(one[0]), one[0].rate))
                 self._single, self._tuned = best, rival.settings
+
+    def _rival(self, rival: tuning.Rival) -> Told:
+        """A setting, tried once and with less patience: no verdict waits for one that does not start."""
+        spec = self._spec(1, mps=False, base=rival.settings)
+        patience_s = min(RIVAL_START_TIMEOUT_S, self._protocol.engine_start_timeout_s)
+        protocol = msgspec.structs.replace(spec.protocol or self._protocol, engine_start_timeout_s=patience_s)
+        return (yield from self._measured(msgspec.structs.replace(spec, protocol=protocol), again=False))
 
     def _is_better(self, one: Tried, best: Tried) -> bool:
         """3 % faster and no further from the objectives, or the first to keep to them."""
@@ -268,7 +277,7 @@ class Search:
 
     # -- trials
 
-    def _measured(self, spec: TrialSpec) -> Told:
+    def _measured(self, spec: TrialSpec, *, again: bool = True) -> Told:
         """One trial, and once more when it failed by what may have been an accident.
 
         An engine that was killed, a port that two engines chose, a disturbance that made the evidence worthless: the
@@ -277,7 +286,7 @@ class Search:
         if known := self._results.get(key(spec)):
             return known
         result = yield spec
-        if result.outcome in ("invalid", "crash", "timeout", "not_attached"):
+        if again and result.outcome in ("invalid", "crash", "timeout", "not_attached"):
             result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
         self._results[key(spec)] = result
         if spec.engines > 1 and not spec.repeat:
