@@ -77,6 +77,7 @@ class LoadWindow:
         self._measure(load)
         self._clock.stage("drain")
         parts = load.stop(self.seen.window, self._protocol.drain_timeout_s)
+        self._start.unfinished = any(part.sent > part.completed + part.failed for part in parts)
         self.seen.loads = by_engine(parts, self._spec.engines)
 
     def close(self) -> None:
