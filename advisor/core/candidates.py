@@ -19,16 +19,16 @@ class Field:
 
     def __init__(self, manifest: Manifest, outline: Outline, found: Sequence[Contender]) -> None:
         self.manifest, self.outline, self.all = manifest, outline, list(found)
-        self.default = self._find(1, False, manifest.settings)
-        self.tuned = self._find(1, False, outline.tuned) if manifest.protocol.tune else None
+        self.default = self._single(manifest.settings)
+        self.tuned = self._single(outline.tuned) if manifest.protocol.tune else None
         rivals = [one for one in self.all if one.ok and not one.mps and self.eligible(one)]
         self.best_without = max(rivals, key=lambda one: one.rate, default=None)
 
-    def _find(self, engines: int, mps: bool, settings: EngineSettings) -> Contender | None:
+    def _single(self, settings: EngineSettings) -> Contender | None:
+        """One engine without MPS with these settings, if a trial of it is valid."""
         wanted = tuning.bare(settings)
         for one in self.all:
-            same = one.engines == engines and one.mps == mps and one.percentage is None
-            if one.starts and same and one.settings is not None and tuning.bare(one.settings) == wanted:
+            if one.engines == 1 and not one.mps and one.starts and one.settings and tuning.bare(one.settings) == wanted:
                 return one
         return None
 

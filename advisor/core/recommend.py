@@ -13,6 +13,7 @@ from advisor.core.contenders import Contender, contenders, judge_logprobs
 from advisor.core.contention import core_speed
 from advisor.core.estimate import gain, half_width
 from advisor.core.records import (
+    ACCIDENTS,
     SCHEMA_VERSION,
     Candidate,
     Manifest,
@@ -25,7 +26,7 @@ from advisor.core.run_cautions import cautions
 from advisor.core.search import Outline
 from advisor.core.tried import Tried, slug
 from advisor.core.waterfall import waterfall
-from advisor.core.wording import because, name, rival_missing, sentence, times
+from advisor.core.wording import because, name, rate, rival_missing, sentence, times
 
 # Candidates within 3 % of the best are as good; the simplest of them is advised.
 AS_GOOD = 1.03
@@ -76,10 +77,6 @@ def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:
     return one.mps, one.engines, one.thread_percentages is not None, changed
 
 
-def _rate(one: Candidate) -> float:
-    return one.throughput_tok_per_s.value if one.throughput_tok_per_s else 0.0
-
-
 def _recommend(
     field: Field, rows: Sequence[Row], missing: Sequence[Candidate]
 ) -> tuple[Contender | None, Recommendation]:
@@ -117,7 +114,7 @@ def _recommend(
         return None, _inconclusive(failed)
     undecided = [row for one, row in running if one.mps and not choice.mps and _undecided(row, threshold)]
     if undecided:
-        worst = max(undecided, key=_rate)
+        worst = max(undecided, key=rate)
         return None, _inconclusive(
             f"{name(field, worst)} gives {times(worst.gain_vs_best_without_mps)} the best without MPS, "
             f"too uncertain to say whether it reaches {threshold:.2f}×"
@@ -179,10 +176,6 @@ def _faster_but_alone(field: Field, rows: Sequence[Row], choice: Contender) -> s
     return ""
 
 
-# Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
-_ACCIDENTS = ("crash", "timeout", "invalid", "not_attached")
-
-
 def _not_comparable(field: Field, candidates: Sequence[Candidate]) -> str:
     """Which side of the comparison is missing by accident; empty when both sides were measured or cannot be.
 
@@ -190,7 +183,7 @@ def _not_comparable(field: Field, candidates: Sequence[Candidate]) -> str:
     """
     for mps, side in ((False, "without MPS"), (True, "under MPS")):
         several = [one for one in candidates if one.engines > 1 and one.mps == mps and one.thread_percentages is None]
-        failed = [one for one in several if one.outcome in _ACCIDENTS]
+        failed = [one for one in several if one.outcome in ACCIDENTS]
         if failed and not any(one.outcome == "ok" for one in several):
             return f"no trial of several engines {side} succeeded ({name(field, failed[0])}: {failed[0].why_not})"
     return ""

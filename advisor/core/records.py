@@ -21,6 +21,8 @@ WorkloadKind = Literal["serve", "prefill", "decode"]
 TrialKind = Literal["load", "numerics"]
 Source = Literal["measured", "predicted", "bound", "vendor"]
 Outcome = Literal["ok", "infeasible", "oom", "crash", "timeout", "not_attached", "wrong_results", "invalid", "skipped"]
+# Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
+ACCIDENTS: tuple[Outcome, ...] = ("crash", "timeout", "invalid", "not_attached")
 Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused"]
 CautionCode = Literal[
     "coalesced", "coarse_stream", "cpu_contention", "drift", "dummy_weights", "load_busy", "memory_left",

@@ -10,14 +10,13 @@ import msgspec
 from advisor.core.candidates import Field
 from advisor.core.cautions import caution, teardown_cautions
 from advisor.core.estimate import ratio_of_windows
-from advisor.core.records import Caution
+from advisor.core.records import ACCIDENTS, Caution
 from advisor.core.tried import Tried, slug
 
 # Two starts of the same engines differ by less on a machine that stays as it is.
 DRIFT_MAX = 0.05
 # A 99 % interval is about so much wider than a 90 % one; several candidates are looked at, and none may cry wolf.
 CERTAIN = 1.6
-_ACCIDENTS = ("crash", "timeout", "invalid", "not_attached")
 
 
 def cautions(field: Field, tried: Sequence[Tried]) -> list[Caution]:
@@ -41,7 +40,7 @@ def _of_trials(tried: Sequence[Tried]) -> Iterator[Caution]:
 
 def _not_measured(field: Field) -> Iterator[Caution]:
     for one in field.all:
-        if not one.starts and one.outcome in _ACCIDENTS:
+        if not one.starts and one.outcome in ACCIDENTS:
             yield caution(
                 "not_measured",
                 f"{slug(one.shown.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was "

@@ -14,7 +14,7 @@ import msgspec
 from advisor.core import cores, memory, numerics, settings, slo, tuning
 from advisor.core.contenders import judge_logprobs
 from advisor.core.estimate import ratio_of_windows
-from advisor.core.records import EngineSettings, Manifest, Outcome, Record, TrialSpec
+from advisor.core.records import ACCIDENTS, EngineSettings, Manifest, Outcome, Record, TrialSpec
 from advisor.core.tried import Tried, candidate, key
 from advisor.core.workload import as_served
 
@@ -286,7 +286,7 @@ class Search:
         if known := self._results.get(key(spec)):
             return known
         result = yield spec
-        if again and result.outcome in ("invalid", "crash", "timeout", "not_attached"):
+        if again and result.outcome in ACCIDENTS:
             result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
         self._results[key(spec)] = result
         if spec.engines > 1 and not spec.repeat:

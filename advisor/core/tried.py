@@ -6,6 +6,7 @@ import msgspec
 
 from advisor.core import cautions, measure, validity
 from advisor.core.records import Caution, Measurement, Outcome, RawTrial, Record, TrialSpec
+from advisor.core.tuning import bare
 
 
 class Tried(Record, frozen=True):
@@ -86,9 +87,7 @@ def key(spec: TrialSpec) -> str:
     of it, so that a recorded run can still be replayed after a rule for one of them was improved. What was really
     used stands in the recorded spec, and that is what a report shows.
     """
-    settings = spec.settings
-    if settings is not None:
-        settings = msgspec.structs.replace(settings, kv_cache_memory_bytes=0, max_model_len=0)
+    settings = None if spec.settings is None else bare(spec.settings)
     same = msgspec.structs.replace(
         spec, settings=settings, protocol=None, engine_cores=[], load_cores=[], batch_sizes=[], label=""
     )

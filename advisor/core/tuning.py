@@ -125,42 +125,38 @@ def shared_budget(settings: EngineSettings, engines: int) -> EngineSettings | No
     )
 
 
+def _changes(settings: EngineSettings, default: EngineSettings) -> list[tuple[str, str]]:
+    """What settings change of the default engine's: in words, and as a part of a file name."""
+    no = "" if settings.async_scheduling else "no"
+    told = {
+        "rust_front_end": ("Rust front end", "rust"),
+        "api_server_count": (f"{settings.api_server_count} API servers", f"api{settings.api_server_count}"),
+        "stream_interval": (
+            f"{settings.stream_interval} tokens per streamed piece",
+            f"stream{settings.stream_interval}",
+        ),
+        "async_scheduling": (f"{no} asynchronous scheduling".strip(), f"{no}async"),
+        "max_num_batched_tokens": (
+            f"token budget {settings.max_num_batched_tokens}",
+            f"budget{settings.max_num_batched_tokens}",
+        ),
+        "max_num_seqs": (f"{settings.max_num_seqs} sequences", f"seqs{settings.max_num_seqs}"),
+        "max_cudagraph_capture_size": (
+            f"graphs up to batch {settings.max_cudagraph_capture_size}",
+            f"graphs{settings.max_cudagraph_capture_size}",
+        ),
+    }
+    return [both for field, both in told.items() if getattr(settings, field) != getattr(default, field)]
+
+
 def words(settings: EngineSettings, default: EngineSettings) -> list[str]:
     """How settings differ from the default engine's, in words; memory shares and the context apart."""
-    said = []
-    if settings.rust_front_end != default.rust_front_end:
-        said.append("Rust front end")
-    if settings.api_server_count != default.api_server_count:
-        said.append(f"{settings.api_server_count} API servers")
-    if settings.stream_interval != default.stream_interval:
-        said.append(f"{settings.stream_interval} tokens per streamed piece")
-    if settings.async_scheduling != default.async_scheduling:
-        said.append(("" if settings.async_scheduling else "no ") + "asynchronous scheduling")
-    if settings.max_num_batched_tokens != default.max_num_batched_tokens:
-        said.append(f"token budget {settings.max_num_batched_tokens}")
-    if settings.max_num_seqs != default.max_num_seqs:
-        said.append(f"{settings.max_num_seqs} sequences")
-    if settings.max_cudagraph_capture_size != default.max_cudagraph_capture_size:
-        said.append(f"graphs up to batch {settings.max_cudagraph_capture_size}")
-    return said
+    return [said for said, _ in _changes(settings, default)]
 
 
 def label(settings: EngineSettings, default: EngineSettings) -> str:
     """How settings differ from the default engine's, for a file name; empty where they do not."""
-    parts = [
-        "rust" if settings.rust_front_end else "",
-        f"api{settings.api_server_count}" if settings.api_server_count != default.api_server_count else "",
-        f"stream{settings.stream_interval}" if settings.stream_interval != default.stream_interval else "",
-        "async" if settings.async_scheduling and not default.async_scheduling else "",
-        f"budget{settings.max_num_batched_tokens}"
-        if settings.max_num_batched_tokens != default.max_num_batched_tokens
-        else "",
-        f"seqs{settings.max_num_seqs}" if settings.max_num_seqs != default.max_num_seqs else "",
-        f"graphs{settings.max_cudagraph_capture_size}"
-        if settings.max_cudagraph_capture_size != default.max_cudagraph_capture_size
-        else "",
-    ]
-    return "-".join(part for part in parts if part)
+    return "-".join(part for _, part in _changes(settings, default))
 
 
 def bare(settings: EngineSettings) -> EngineSettings:

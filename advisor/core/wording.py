@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from advisor.core import slo, tuning
 from advisor.core.candidates import Field
-from advisor.core.records import Candidate, Value
-
-_ACCIDENTS = ("crash", "timeout", "invalid", "not_attached")
+from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Value
 
 
 def name(field: Field, one: Candidate) -> str:
@@ -30,8 +28,8 @@ def name(field: Field, one: Candidate) -> str:
     return text
 
 
-def _with(told: object, base: object) -> str:
-    words = tuning.words(told, base)  # type: ignore[arg-type]
+def _with(told: EngineSettings, base: EngineSettings) -> str:
+    words = tuning.words(told, base)
     return f" with {', '.join(words)}" if words else ""
 
 
@@ -110,7 +108,7 @@ def _missed(field: Field, choice: Candidate) -> str:
 def rival_missing(field: Field, choice: Candidate, candidates: Sequence[Candidate]) -> str:
     """A note for the sentence when as many engines without MPS could not be measured."""
     for one in candidates:
-        same = one.engines == choice.engines and not one.mps and one.outcome in _ACCIDENTS
+        same = one.engines == choice.engines and not one.mps and one.outcome in ACCIDENTS
         if same and choice.mps:
             return f" {name(field, one)} could not be measured ({one.outcome.replace('_', ' ')})."
     return ""

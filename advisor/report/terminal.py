@@ -16,6 +16,7 @@ from rich.text import Text
 
 from advisor.core.records import Candidate, Outcome, Percentiles, Report, Value, Workload
 from advisor.core.tuning import words
+from advisor.core.wording import rate, times
 from advisor.core.workload import prompt_range
 
 MISSING = "–"
@@ -304,15 +305,11 @@ def _cost(report: Report) -> list[str]:
 def _limits(report: Report) -> list[str]:
     """Of the default engine and of what is advised, or of the fastest where nothing is."""
     measured = [one for one in report.candidates if one.limited_by and one.limit_evidence]
-    chosen = _chosen(report) or max(measured, key=lambda one: _value(one.throughput_tok_per_s), default=None)
+    chosen = _chosen(report) or max(measured, key=rate, default=None)
     shown = [one for one in measured if one is report.candidates[0] or one is chosen]
     return [
         f"{_marked_name(report, one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})" for one in shown
     ]
-
-
-def _value(rate: Value | None) -> float:
-    return rate.value if rate else 0.0
 
 
 def _why_not(report: Report) -> list[str]:
@@ -349,15 +346,9 @@ def _where_from(report: Report, width: int) -> Iterator[Line]:
     whole = 1.0
     for step in steps:
         whole *= step.factor.value
-        yield from ((line, "") for line in wrap(f"  {_factor(step.factor):<22}{clean(step.change)}", width, " " * 24))
+        yield from ((line, "") for line in wrap(f"  {times(step.factor):<22}{clean(step.change)}", width, " " * 24))
     advised = "" if report.recommendation.mps else "; the last steps are not advised"
     yield f"  {whole:.2f}× together, over the default engine{advised}", ""
-
-
-def _factor(gain: Value) -> str:
-    if gain.low is None or gain.high is None:
-        return f"{gain.value:.2f}×"
-    return f"{gain.value:.2f}× ({gain.low:.2f} to {gain.high:.2f})"
 
 
 def _over_loads(report: Report) -> Iterator[Line]:
@@ -369,8 +360,8 @@ def _over_loads(report: Report) -> Iterator[Line]:
     for one in curves:
         for index, point in enumerate(one.curve):
             who = "" if index else _marked_name(report, one)
-            times = (_p95(point.ttft_ms), _p95(point.itl_ms), _p95(point.e2e_ms))
-            rows.append((who, str(point.concurrency), _rate(point.throughput_tok_per_s), *times))
+            latencies = (_p95(point.ttft_ms), _p95(point.itl_ms), _p95(point.e2e_ms))
+            rows.append((who, str(point.concurrency), _rate(point.throughput_tok_per_s), *latencies))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     yield "", ""
     yield "Over the load:", "bold"
@@ -458,7 +449,7 @@ def _notes(report: Report) -> Iterator[str]:
     if any(value is not None and value.low is not None for value in values):
         yield "± and the ranges in brackets are 90 % intervals."
     if report.protocol.starts > 1:
-        yield "Rates are those of the parts of windows that chose nothing; progress lines show whole windows."
+        yield "What was chosen and started again is quoted from its later start; progress lines show every start."
     for one in report.candidates:
         if one.outcome == "ok" and one.source not in ("measured", None):
             yield f"{_name(one)}: {one.source}, not measured."

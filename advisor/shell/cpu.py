@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import psutil
 
 from advisor.core.records import CpuUse
@@ -24,39 +25,23 @@ def cpu_times(engines: Engines, load_pids: Sequence[int], servers: Sequence[int]
 
 
 def _cpu_time(role: str, engine: int | None, pid: int) -> CpuUse | None:
-    """CPU seconds of one process until now, with those of each thread's maximum; None when it is gone."""
+    """CPU seconds of one process until now, None when it is gone; `contention.by_thread` adds those of its threads."""
     try:
-        process = psutil.Process(pid)
-        times = process.cpu_times()
-        threads = process.threads()
+        times = psutil.Process(pid).cpu_times()
     except psutil.Error:
         return None
-    busiest = max((thread.user_time + thread.system_time for thread in threads), default=None)
     return CpuUse(
         role=role,  # type: ignore[arg-type]  # only the literals above are passed
         engine=engine,
         pid=pid,
         cpu_s=times.user + times.system,
-        main_thread_s=busiest,
+        main_thread_s=None,
     )
 
 
 def cpu_use(start: Sequence[CpuUse], end: Sequence[CpuUse]) -> list[CpuUse]:
     """Differences between two readings, for processes that are in both."""
-    before = {one.pid: one for one in start}
-    rows = []
-    for one in end:
-        first = before.get(one.pid)
-        if first is None:
-            continue
-        threads = (one.main_thread_s, first.main_thread_s)
-        rows.append(
-            CpuUse(
-                role=one.role,
-                engine=one.engine,
-                pid=one.pid,
-                cpu_s=max(0.0, one.cpu_s - first.cpu_s),
-                main_thread_s=None if threads[0] is None or threads[1] is None else max(0.0, threads[0] - threads[1]),
-            )
-        )
-    return rows
+    before = {one.pid: one.cpu_s for one in start}
+    return [
+        msgspec.structs.replace(one, cpu_s=max(0.0, one.cpu_s - before[one.pid])) for one in end if one.pid in before
+    ]
