@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 import raw as made
+from rich.console import Console
 
 from advisor import flow
 from advisor.core.errors import NotRecorded
-from advisor.core.records import Report
+from advisor.core.records import Report, Workload
 from advisor.core.tried import judge, slug
 from advisor.report.as_json import dumps
+from advisor.report.terminal import render
 from advisor.shell.replay import Replay, choose, shipped_runs
 from advisor.shell.store import RunFolder
 
@@ -328,3 +331,13 @@ def test_the_table_of_the_readme_says_what_the_runs_say():
             assert found[2] == ("<1" if half < 0.5 else f"{half:.0f}"), (name, cell, half)
             checked += 1
     assert checked > 35
+
+
+def test_the_screen_in_the_readme_is_how_the_first_command_begins():
+    readme = (ROOT / "README.md").read_text()
+    start = readme.index("```\nQwen/Qwen2.5-0.5B on") + 4
+    shown = readme[start : readme.index("\n```", start)]
+    page = io.StringIO()
+    asked = Workload(kind="serve", isl=1024, osl=128, concurrency=256)
+    render(replay(choose("Qwen/Qwen2.5-0.5B", asked).path), Console(file=page, width=80))
+    assert page.getvalue().startswith(shown)
