@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,10 @@ import psutil
 import pytest
 
 HERE = Path(__file__).parent
+# A shell starts background jobs with interrupts ignored, and children inherit that: tests that send one would hang.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
