@@ -470,11 +470,12 @@ def _counters(values: Mapping[str, float], steps: dict[str, float], at_s: float)
 
 
 def _prompt_logprobs(rows: Sequence[Any]) -> list[float]:
-    """The log-probability of every prompt token after the first: the row's entry of the prompt's own token.
+    """The log-probability of every prompt token but the first, from `prompt_logprobs: 1`.
 
-    A row maps token ids to entries: the prompt's own token first, then the most likely one.
+    A row holds the token itself and, where that is another one, the likeliest: the smaller figure is the token's. The
+    Rust front end of 0.26 gives bare figures, the Python one an object for each.
     """
-    return [float(next(iter(row.values()))["logprob"]) for row in rows[1:]]
+    return [min(float(one["logprob"] if isinstance(one, dict) else one) for one in row.values()) for row in rows[1:]]
 
 
 def _logged_kv_tokens(log: str) -> int | None:

@@ -718,6 +718,11 @@ class Server:
             {str(token): {"logprob": logprob(repr(tokens[:place])), "rank": 1, "decoded_token": f" {token}"}}
             for place, token in enumerate(tokens, 1)
         ]
+        # Beside the prompt's own token the likeliest one, where it is another: the higher figure.
+        for row in rows[1::2]:
+            row["0"] = {"logprob": -0.5, "rank": 1, "decoded_token": " likeliest"}
+        if os.environ.get("VLLM_USE_RUST_FRONTEND") == "1":  # which gives bare figures, sorted by token
+            rows = [{token: told["logprob"] for token, told in sorted(row.items())} for row in rows]
         prompt_logprobs = [None, *rows[1:]]
         choice = {
             "index": 0,
