@@ -24,12 +24,14 @@ from advisor.core.errors import BadQuestion, NoHonestAnswer, NotRecorded, Unfit
 from advisor.core.model import check_context, facts
 from advisor.core.records import (
     FULL,
+    LIGHT_LOAD,
     SCHEMA_VERSION,
     EngineSettings,
     GpuFacts,
     HostFacts,
     Manifest,
     ModelFacts,
+    Protocol,
     Question,
     Report,
     Software,
@@ -388,13 +390,18 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         created=now(),
         question=question,
-        protocol=FULL,
+        protocol=_protocol(question),
         model=model,
         gpu=gpu,
         host=host,
         software=software,
         settings=base,
     )
+
+
+def _protocol(question: Question) -> Protocol:
+    """Today's protocol; under latency objectives with one more load, for they are often kept at small ones only."""
+    return msgspec.structs.replace(FULL, curve=[LIGHT_LOAD, *FULL.curve]) if question.slo else FULL
 
 
 def _software(vllm: str | None, torch: str | None = None) -> Software:

@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from gpm_lag import best_lag_s, share_on
 from variations import variation
 
+from advisor.core.starts import same_start
+from advisor.core.tried import key
 from advisor.shell.store import RunFolder
 
 MANIFEST = RunFolder(ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024").manifest()
@@ -36,12 +38,27 @@ def test_a_variation_is_what_its_name_says():
     assert (spec.protocol.measure_min_s, spec.workload.concurrency) == (30.0, 64)
 
 
+def test_another_window_of_a_start_shares_its_engines_but_not_its_prompts():
+    first = variation(MANIFEST, "1+api2", 3)
+    again = variation(MANIFEST, "1+api2+spread50+again", 4, first)
+    assert same_start(first, again) and key(first) != key(again)
+    assert (again.workload.osl_spread, again.workload.seed == first.workload.seed) == (64, False)
+    assert not same_start(first, variation(MANIFEST, "1+api2", 4, first))
+
+
+def test_cores_for_more_load_generators_are_taken_from_the_engine():
+    usual, more, fewer = (variation(MANIFEST, name, 0) for name in ("1", "1+load8", "1+load2"))
+    assert (len(usual.load_cores), len(more.load_cores), len(fewer.load_cores)) == (4, 8, 2)
+    assert not set(more.load_cores) & set(more.engine_cores[0]) and len(more.engine_cores[0]) == 8
+    assert fewer.engine_cores == usual.engine_cores
+
+
 def test_a_variation_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="is no variation"):
         variation(MANIFEST, "1+turbo", 0)
 
 
-@pytest.mark.parametrize("name", ["variations.py", "gpm_lag.py"])
+@pytest.mark.parametrize("name", ["variations.py", "gpm_lag.py", "core_flicker.py"])
 def test_a_benchmark_explains_itself(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / name), "--help"], capture_output=True, text=True, check=False

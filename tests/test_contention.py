@@ -15,7 +15,7 @@ import raw
 from raw import changed
 
 from advisor.core.cautions import cautions
-from advisor.core.contention import contention, core_speed, unevenness
+from advisor.core.contention import contention, host_speed, unevenness
 from advisor.core.measure import measure
 from advisor.core.records import CoreSpeed, CpuUse, Stranger
 from advisor.shell import contention as collected
@@ -291,12 +291,13 @@ def test_a_core_that_is_a_quarter_slower_than_another_is_a_caution():
 
 def test_a_trial_of_before_says_nothing_of_its_cores():
     assert (TRIAL.strangers, TRIAL.core_speeds) == ([], [])
-    assert (contention(TRIAL), unevenness(TRIAL), core_speed([TRIAL])) == (None, None, None)
+    assert (contention(TRIAL), unevenness(TRIAL), host_speed([TRIAL])) == (None, None, None)
     assert contention(raw.failed()) is None
 
 
-def test_the_speed_of_the_cores_is_the_median_over_the_engines_cores_of_all_trials():
-    load = [CoreSpeed(core=6, seconds=9.0), CoreSpeed(core=7, seconds=9.0)]
-    one = changed(TRIAL, "core_speeds", [*speeds(0.01, 0.02), *load])
-    two = changed(TRIAL, "core_speeds", [*speeds(0.03), *load])
-    assert core_speed([one, two, TRIAL]) == pytest.approx(0.02)
+def test_the_speed_of_the_host_is_that_of_engine_cores_that_nothing_slows_and_how_often_something_does():
+    load = [CoreSpeed(core=6, seconds=9.0), CoreSpeed(core=7, seconds=0.001)]
+    one = changed(TRIAL, "core_speeds", [*speeds(0.017, 0.035), *load])
+    two = changed(TRIAL, "core_speeds", [*speeds(0.018, 0.017), *load])
+    three = changed(TRIAL, "core_speeds", [*speeds(0.036, 0.019), *load])
+    assert host_speed([one, two, three, TRIAL]) == pytest.approx((0.017, 2 / 6))

@@ -321,7 +321,7 @@ def test_steady_decode_with_a_block_without_a_token_is_refused():
     assert codes(paced(DECODE, 0.0, 1.4, 2.3)) == set()
 
 
-@pytest.mark.parametrize(("pace", "refused"), [(0.5, True), (0.83, True), (0.9, False), (1.1, False), (1.2, True)])
+@pytest.mark.parametrize(("pace", "refused"), [(0.5, True), (0.6, True), (0.8, False), (1.25, False), (1.7, True)])
 @pytest.mark.parametrize("protocol", [raw.PROTOCOL, Protocol()])
 def test_a_level_shift_in_the_middle_of_the_window_is_no_steady_state(pace, refused, protocol):
     trial = raw.trial(protocol=protocol, noise=0.0)

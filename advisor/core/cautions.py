@@ -47,7 +47,7 @@ REMEDIES: dict[CautionCode, str] = {
     "teardown_unproven": "Check with nvidia-smi that no process is left on the GPU.",
     "throttled": "Check cooling and power supply (nvidia-smi -q -d PERFORMANCE), then measure again.",
     "unequal_engines": "Look at its log and its cores; behind a router that deals in turn it would set the pace.",
-    "uneven_cores": "Allow this process only cores of one kind and clock (taskset), and keep the others idle.",
+    "uneven_cores": "Use cores of one kind and clock (taskset); on a virtual machine, cores that nobody shares.",
     "young_front_end": "Try your own requests on it before it serves them (VLLM_USE_RUST_FRONTEND=1).",
 }
 

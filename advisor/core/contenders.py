@@ -11,7 +11,6 @@ from advisor.core import numerics, slo
 from advisor.core.estimate import Estimate, Spread, estimate, spread
 from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
 from advisor.core.tried import Tried, candidate, slug
-from advisor.core.tuning import bare
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,15 @@ class Contender:
         return self.shown.measurement.throughput_tok_per_s if self.shown.measurement else None
 
 
-def contenders(
-    loads: Sequence[Tried], concurrency: int, objectives: Mapping[str, float], default: EngineSettings
-) -> list[Contender]:
-    """The candidates of these load trials in the order of their first trial.
-
-    `default` are the settings of the engine that everything is compared with: it was not chosen, so that all its
-    starts are quoted.
-    """
+def contenders(loads: Sequence[Tried], concurrency: int, objectives: Mapping[str, float]) -> list[Contender]:
+    """The candidates of these load trials in the order of their first trial."""
     groups: dict[str, list[Tried]] = {}
     for one in loads:
         groups.setdefault(candidate(one.spec), []).append(one)
     full = {name: [one for one in group if _load(one) == concurrency] for name, group in groups.items()}
     between = spread([_measurements([one for one in group if one.ok]) for group in full.values()])
     return [
-        _contender(attempts, groups[name], concurrency, objectives, between, _is_default(attempts[0], default))
+        _contender(attempts, groups[name], concurrency, objectives, between)
         for name, attempts in full.items()
         if attempts  # others were only met while the load was being looked for
     ]
@@ -95,7 +88,6 @@ def _contender(
     concurrency: int,
     objectives: Mapping[str, float],
     between: Spread,
-    unchosen: bool,
 ) -> Contender:
     starts = [one for one in attempts if one.ok]
     at_load: dict[int, list[Tried]] = {concurrency: starts}
@@ -104,8 +96,8 @@ def _contender(
             at_load.setdefault(_load(one), []).append(one)
 
     def known(group: list[Tried]) -> Estimate:
-        # A candidate that was chosen by its first start is quoted from the later ones.
-        quoted = group if unchosen or len(group) == 1 else group[1:]
+        # First starts chose, among them the default's: one that was unlucky makes others look better than they are.
+        quoted = group[1:] if len(group) > 1 else group
         return estimate(_measurements(quoted), between)
 
     measured = {load: group for load, group in at_load.items() if group}
@@ -119,12 +111,6 @@ def _contender(
     load = concurrency if not objectives and starts else max(keeping, key=lambda one: measured[one][0].rate)
     group = measured[load]
     return Contender(attempts, starts, group[0], group[0].rate, known(group), points[load], curve)
-
-
-def _is_default(one: Tried, default: EngineSettings) -> bool:
-    spec = one.spec
-    same = spec.settings is not None and bare(spec.settings) == bare(default)
-    return same and spec.engines == 1 and not spec.mps
 
 
 def _load(one: Tried) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import median
 from typing import NamedTuple
 
 from advisor.core.records import CoreSpeed, RawTrial, Stranger
@@ -13,6 +12,7 @@ WAITED_SHARE_MAX = 0.05  # of the window
 # Engines that use more of their cores than this wait for themselves: no one else is needed to explain it.
 OWN_SHARE_FULL = 0.80
 UNEVEN_RATIO = 1.25
+SLOWED_RATIO = 1.5
 _ROLES = {"engine_core": "engine core", "api_server": "API server"}
 
 
@@ -120,16 +120,27 @@ def _seconds(speed: CoreSpeed) -> float:
     return speed.seconds
 
 
-def core_speed(raws: Sequence[RawTrial]) -> float | None:
-    """How fast the engines' cores are: CPU seconds of the fixed work, median over engine cores and trials.
+class HostSpeed(NamedTuple):
+    """CPU seconds of the fixed work at a core's full speed, and the share of probes that took half as long again."""
 
-    Less is faster; only to be compared between runs of the same version of this program and of Python. None where no
-    trial recorded it.
+    core_s: float
+    slowed: float
+
+
+def host_speed(raws: Sequence[RawTrial]) -> HostSpeed | None:
+    """How fast the engines' cores are, over all trials; None where none recorded it.
+
+    On shared hosts a core takes either this long or up to twice that, and changes within seconds. So its full speed is
+    the lower quartile of all probes, which is the same from run to run. Less is faster; only to be compared between
+    runs of the same version of this program and of Python.
     """
-    seconds = [
+    seconds = sorted(
         speed.seconds
         for raw in raws
         for speed in raw.core_speeds
         if any(speed.core in cores for cores in raw.spec.engine_cores)
-    ]
-    return median(seconds) if seconds else None
+    )
+    if not seconds:
+        return None
+    full = seconds[len(seconds) // 4]
+    return HostSpeed(full, sum(one >= SLOWED_RATIO * full for one in seconds) / len(seconds))

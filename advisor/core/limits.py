@@ -107,6 +107,14 @@ def limited_by(raw: RawTrial, measurement: Measurement) -> Limit | None:
     return Limit("unattributed", _told(processes, gpu))
 
 
+def api_fullness(raw: RawTrial) -> float | None:
+    """How near the busiest API server is to what one process can do: from 1 on it is the limit. None if not seen."""
+    if raw.window is None:
+        return None
+    busy = _busiest(raw, raw.window[1] - raw.window[0])
+    return None if busy is None or busy.process_pct is None else busy.api_fullness
+
+
 def step_shares(raw: RawTrial) -> StepShares | None:
     """Engine steps of the window, over all engines, by whether they can run as a captured CUDA graph.
 

@@ -26,13 +26,13 @@ SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S = 4e4, 1e14
 FAST_TOK_PER_S, FAST_PARAMETER_TOK_PER_S = 6e5, 3e14
 
 
-# What `tuning.steps` may try, in its order; the first and the last need no idle GPU.
+# What `tuning.rival` may try, in its order.
 TUNING = (
     "graphs up to the load, if it is beyond the default ones",
-    "two API servers, if the GPU waits",
-    "vLLM's Rust front end, if the GPU waits",
-    "8 tokens per streamed piece, if the GPU waits",
-    "twice the token budget",
+    "two API servers, if the GPU waits for the front end",
+    "vLLM's Rust front end, if it still does",
+    "8 tokens per streamed piece, if it still does",
+    "twice the token budget, if the GPU is busy",
 )
 
 
@@ -111,14 +111,16 @@ def _trials(
     if most >= 2:
         yield load(2, "what a second engine brings without MPS", mps=False, certain=True)
         yield load(2, "what MPS adds to that", mps=True, certain=True)
+        if protocol.tune:
+            yield load(2, "the same with default settings, if others were better for one engine", mps=True)
         for engines in range(3, most + 1):
             yield load(engines, f"only if engine {engines - 1} added 3 % or more", mps=True)
         winner = 2 if most == 2 else None
         if winner is None:
             yield load(None, "the winning number without MPS, if it is not 2", mps=False)
         if protocol.equal_budget:
-            yield load(winner, "one engine's token budget divided among them, without MPS", mps=False)
-            yield load(winner, "the same under MPS", mps=True)
+            yield load(winner, "one engine's token budget divided among them", mps=True)
+            yield load(winner, "the same without MPS, if it made a difference", mps=False)
         shares = _shares(question, model, winner)
         if shares:
             purpose = "are the model's matrix products right under the thread percentages"
@@ -135,9 +137,7 @@ def _trials(
         if most >= 2:
             yield load(None, f"the best without MPS {again}{also}", mps=False, more_s=curve_s)
             yield load(None, f"the best under MPS {again}{also}", mps=True, certain=True, more_s=curve_s)
-        yield load(
-            1, f"the default engine {again}{also}: does the machine drift", mps=False, certain=True, more_s=curve_s
-        )
+        yield load(1, f"the default engine {again}: does the machine drift", mps=False, certain=True)
 
 
 def _planned(

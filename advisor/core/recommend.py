@@ -10,7 +10,7 @@ import msgspec
 from advisor.core import deployment, slo, tuning
 from advisor.core.candidates import Field, left_out, row
 from advisor.core.contenders import Contender, contenders, judge_logprobs
-from advisor.core.contention import core_speed
+from advisor.core.contention import host_speed
 from advisor.core.estimate import gain, half_width
 from advisor.core.records import (
     ACCIDENTS,
@@ -41,11 +41,12 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
     asked = manifest.question
     loads = judge_logprobs([one for one in tried if one.spec.kind == "load"])
     checks = [one for one in tried if one.spec.kind == "numerics"]
-    field = Field(manifest, outline, contenders(loads, outline.concurrency, asked.slo, manifest.settings))
+    field = Field(manifest, outline, contenders(loads, outline.concurrency, asked.slo))
     rows = [(one, row(field, one, checks)) for one in field.all]
     missing = [left_out(manifest, one, checks) for one in outline.left_out]
     choice, recommendation = _recommend(field, rows, missing)
     chosen = next((candidate for one, candidate in rows if one is choice), None)
+    host = host_speed([one.raw for one in loads])
     return Report(
         schema_version=SCHEMA_VERSION,
         created=created,
@@ -63,7 +64,8 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
         recommendation=recommendation,
         timeline=_timeline(tried),
         question=asked,
-        core_s=core_speed([one.raw for one in loads]),
+        core_s=host.core_s if host else None,
+        cores_slowed_pct=host.slowed * 100 if host else None,
     )
 
 

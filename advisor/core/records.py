@@ -154,9 +154,15 @@ class Protocol(Record, frozen=True):
     curve_min_s: float = 8.0  # shortest window of such a point
     precision: float = 0.0  # a quoted window goes on until its interval is at most ± this share; 0: it does not
     precise_max_s: float = 60.0  # but no longer than this for that reason alone
+    first_precision: float = 0.0  # the same for first starts, which only choose
+    first_max_s: float = 20.0
 
 
-FULL = Protocol(tune=True, starts=2, equal_budget=True, curve=[0.125, 0.25, 0.5], precision=0.02)
+FULL = Protocol(
+    tune=True, starts=2, equal_budget=True, curve=[0.25, 0.5], precision=0.02, precise_max_s=30.0, first_precision=0.03
+)
+# The share of the load that only latency objectives ask for: without them a finalist's curve has three points.
+LIGHT_LOAD = 0.125
 
 
 class EngineSettings(Record, frozen=True):
@@ -575,4 +581,5 @@ class Report(Record, frozen=True):
     recommendation: Recommendation
     timeline: list[Stage]
     question: Question
-    core_s: float | None = None  # what the host's cores take for a fixed piece of work, median over trials and cores
+    core_s: float | None = None  # CPU seconds of a fixed piece of work at a core's full speed
+    cores_slowed_pct: float | None = None  # share of probes of a core that took at least half as long again

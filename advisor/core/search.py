@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 
 import msgspec
 
-from advisor.core import cores, memory, numerics, settings, slo, tuning
+from advisor.core import cores, limits, memory, numerics, settings, slo, tuning
 from advisor.core.contenders import judge_logprobs
 from advisor.core.estimate import ratio_of_windows
 from advisor.core.records import ACCIDENTS, EngineSettings, Manifest, Outcome, Record, TrialSpec
@@ -42,10 +42,13 @@ class LeftOut(Record, frozen=True):
 
 
 class Outline(Record, frozen=True):
-    """What a finished search found on its way: the full load, the best single engine, and what was not run."""
+    """What a finished search found on its way: the full load, the settings of the best single engine, those that the
+    settings of several are made from, and what was not run.
+    """
 
     concurrency: int
     tuned: EngineSettings
+    several: EngineSettings
     left_out: list[LeftOut]
 
 
@@ -60,13 +63,16 @@ class Search:
         self._manifest = manifest
         self._protocol = manifest.protocol
         self._tuned = manifest.settings
+        self._several_from = manifest.settings  # what the settings of several engines are made from
         self._single: Tried | None = None  # the tuned engine's first start at full load
         self._left_out: list[LeftOut] = []
         self._results: dict[str, Tried] = {}  # by trial
         self._several_tried: list[Tried] = []  # first starts of several engines at full load
 
     def story(self) -> Generator[TrialSpec, Tried, Outline]:
-        """default · tuning · 2 without MPS · 2, 3, 4 … under MPS · the winner's variants · second starts, in order."""
+        """default · tuning · 2 without MPS · tuned settings for 2? · 2, 3, 4 … under MPS · the winner's variants · one
+        under MPS · second starts, in this order.
+        """
         default = yield from self._measured(self._spec(1, mps=False))
         self._single = default
         if self._protocol.tune:
@@ -79,7 +85,12 @@ class Search:
         # What MPS itself costs: no verdict waits for it.
         yield from self._measured(self._spec(1, mps=True))
         yield from self._again(default)
-        return Outline(concurrency=self._concurrency, tuned=self._tuned, left_out=self._left_out)
+        return Outline(
+            concurrency=self._concurrency,
+            tuned=self._tuned,
+            several=self._several_from,
+            left_out=self._left_out,
+        )
 
     @property
     def _concurrency(self) -> int:
@@ -89,22 +100,25 @@ class Search:
 
     def _tune(self, default: Tried) -> Chapter:
         """The best single engine, one change at a time, each kept if it brings 3 %."""
-        best, number = default, 0
-        while best.ok and best.measurement is not None:
-            step = tuning.steps(self._tuned, self._manifest.question.workload, best.measurement.gpu_idle_pct, number)
-            if step is None:
+        best = default
+        for number in range(tuning.RIVALS):
+            if not best.ok or best.measurement is None:
                 return
-            number += 1
-            results = []
-            for rival in step.rivals:
-                if why := step.skipped or self._no_room(1, rival.settings):
-                    self._leave_out(1, False, None, "skipped", f"{rival.words}: {why}", base=rival.settings)
-                    continue
-                results.append(((yield from self._rival(rival)), rival))
-            better = [one for one in results if self._is_better(one[0], best)]
-            if better:
-                best, rival = max(better, key=lambda one: (self._keeps(one[0]), one[0].rate))
-                self._single, self._tuned = best, rival.settings
+            rival = tuning.rival(
+                number,
+                self._tuned,
+                self._manifest.question.workload,
+                best.measurement.gpu_idle_pct,
+                limits.api_fullness(best.raw),
+            )
+            if rival is None:
+                continue
+            if why := rival.skipped or self._no_room(1, rival.settings):
+                self._leave_out(1, False, None, "skipped", f"{rival.words}: {why}", base=rival.settings)
+                continue
+            result = yield from self._rival(rival)
+            if self._is_better(result, best):
+                best, self._single, self._tuned = result, result, rival.settings
 
     def _rival(self, rival: tuning.Rival) -> Told:
         """A setting, tried once and with less patience: no verdict waits for one that does not start."""
@@ -114,7 +128,7 @@ class Search:
         return (yield from self._measured(msgspec.structs.replace(spec, protocol=protocol), again=False))
 
     def _is_better(self, one: Tried, best: Tried) -> bool:
-        """3 % faster and no further from the objectives, or the first to keep to them."""
+        """3 % faster, by more than noise, and no further from the objectives; or the first to keep to them."""
         if one.measurement is None or best.measurement is None:
             return False
         objectives = self._manifest.question.slo
@@ -124,7 +138,8 @@ class Search:
                 return False
             if now <= 1.0 < then:
                 return True
-        return one.rate >= WORTH_IT * best.rate
+        sure = ratio_of_windows(one.measurement, best.measurement).low or 0.0
+        return one.rate >= WORTH_IT * best.rate and sure > 1.0
 
     def _keeps(self, one: Tried) -> bool:
         return one.measurement is not None and slo.meets(one.measurement, self._manifest.question.slo)
@@ -151,19 +166,40 @@ class Search:
             for mps in (False, True):
                 self._leave_out(2, mps, None, *refusal)
             return
+        self._several_from = self._tuned
         yield from self._measured(self._spec(2, mps=False))
+        yield from self._tune_several()
         winner = yield from self._grow(single)
         if winner is None:
             return
         engines = winner.spec.engines
-        if engines != 2:
-            yield from self._measured(self._spec(engines, mps=False))
+        yield from self._measured(self._spec(engines, mps=False))
         if self._protocol.equal_budget and (shared := tuning.shared_budget(self._for(engines), engines)):
-            yield from self._measured(self._spec(engines, mps=False, base=shared))
-            divided = yield from self._measured(self._spec(engines, mps=True, base=shared))
-            if divided.ok and divided.rate >= WORTH_IT * winner.rate:
-                winner = divided
+            winner = yield from self._divided(winner, shared)
         yield from self._thread_percentages(winner)
+
+    def _divided(self, winner: Tried, shared: EngineSettings) -> Told:
+        """The winner with one engine's token budget divided among its engines; also without MPS where that matters."""
+        engines = winner.spec.engines
+        divided = yield from self._measured(self._spec(engines, mps=True, base=shared))
+        if divided.ok and max(divided.rate, winner.rate) < WORTH_IT * min(divided.rate, winner.rate):
+            change = f"{(divided.rate / winner.rate - 1) * 100:+.1f} %"
+            why = f"under MPS the divided token budget changed throughput by {change} only"
+            self._leave_out(engines, False, None, "skipped", why, base=shared)
+        else:
+            yield from self._measured(self._spec(engines, mps=False, base=shared))
+        return divided if divided.ok and divided.rate >= WORTH_IT * winner.rate else winner
+
+    def _tune_several(self) -> Chapter:
+        """What helps one engine need not help several, which share the same cores: keep it only if it helps two."""
+        default = self._manifest.settings
+        if not self._protocol.tune or tuning.bare(self._tuned) == tuning.bare(default):
+            return
+        tuned = yield from self._measured(self._spec(2, mps=True))
+        self._several_from = default
+        plain = yield from self._measured(self._spec(2, mps=True))
+        if tuned.ok and (not plain.ok or self._is_better(tuned, plain)):
+            self._several_from = self._tuned
 
     def _grow(self, single: Tried) -> Generator[TrialSpec, Tried, Tried | None]:
         """2, 3, 4 … engines under MPS until another one adds too little, fails for lack of room, or cannot be placed.
@@ -246,19 +282,23 @@ class Search:
             keeping = [one for one in family if one.measurement and slo.meets(one.measurement, objectives)]
             several += [simplest_best(family), simplest_best(keeping)]
         finalists = {candidate(one.spec): one for one in (self._single, *several) if one}
-        finalists.pop(last, None)
-        for one in (*finalists.values(), default):
+        unchanged = finalists.pop(last, None) is not None
+        for one in finalists.values():
             if one.ok:
-                yield from self._once_more(one)
+                yield from self._once_more(one, curve=True)
+        if default.ok:
+            yield from self._once_more(default, curve=unchanged)
 
-    def _once_more(self, one: Tried) -> Chapter:
-        """Further starts of a candidate; its last one also at smaller loads."""
+    def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
+        """Further starts of a candidate; the last one of a finalist also at smaller loads."""
         last = one
         for _ in range(1, self._protocol.starts):
             spec = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
             last = yield from self._measured(spec)
             if not last.ok:
                 return  # what does not start again is not advised, whatever its curve
+        if not curve:
+            return
         points = {self._concurrency: last}
         for share in sorted(self._protocol.curve, reverse=True):
             yield from self._at_smaller(last, round(share * self._concurrency), points)
@@ -300,8 +340,9 @@ class Search:
         return load_spec(self._manifest, engines, mps=mps, percentage=percentage, base=told)
 
     def _for(self, engines: int) -> EngineSettings:
-        """The tuned settings for this many engines."""
-        return tuning.for_share(self._tuned, self._manifest.settings, self._concurrency, engines)
+        """The settings for this many engines: the tuned ones, or those that were found better for several."""
+        base = self._tuned if engines == 1 else self._several_from
+        return tuning.for_share(base, self._manifest.settings, self._concurrency, engines)
 
     def _refusal(self, engines: int) -> tuple[Outcome, str] | None:
         """Why this many engines cannot even be tried, by computation; None when they can."""
@@ -426,7 +467,11 @@ def load_spec(
         settings=engine_settings(manifest, engines, base),
         workload=manifest.question.workload,
         # What only chooses need not be known as well as what is quoted.
-        protocol=msgspec.structs.replace(manifest.protocol, precision=0.0),
+        protocol=msgspec.structs.replace(
+            manifest.protocol,
+            precision=manifest.protocol.first_precision,
+            precise_max_s=manifest.protocol.first_max_s,
+        ),
         engine_cores=placed.engine_cores,
         load_cores=placed.load_cores,
         label=tuning.label(base or manifest.settings, manifest.settings),

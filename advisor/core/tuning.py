@@ -1,8 +1,7 @@
 """What one engine can still be given before a second one is added. Pure.
 
-Each rival is one change of settings. Those of a step exclude each other; `search` tries them in turn and keeps the
-fastest if it is worth it, then goes on from there. Sources: vLLM 0.26, `entrypoints/cli/serve.py`,
-`engine/arg_utils.py`, `config/vllm.py`.
+Each rival is one change of settings; `search` tries them in turn, keeps what is worth it and goes on from there.
+Sources: vLLM 0.26, `entrypoints/cli/serve.py`, `engine/arg_utils.py`, `config/vllm.py`.
 
 `--performance-mode throughput` is no rival of its own: in 0.26 it doubles the token budget and `--max-num-seqs` where
 they are not given, and nothing else; the doubled budget is tried here.
@@ -16,39 +15,51 @@ from advisor.core.records import EngineSettings, Record, Workload
 
 # With the GPU idle for less than this, nothing that only spares the CPU can help.
 GPU_BUSY_IDLE_PCT = 10.0
+# With the GPU idle for more than this it waits for the CPU, and larger steps would not fill it: five times a doubled
+# budget was tried on engines idle for 60 to 70 %, and never brought 2 % (docs/measurement.md).
+GPU_WAITS_IDLE_PCT = 30.0
+# An API server this far from what one process can do is not what the engine waits for. A second one is tried sooner:
+# at 0.8 it brought 3B little throughput, but the first token in 130 instead of 700 to 1,060 ms.
+API_CALM_FULLNESS, SECOND_API_FULLNESS = 0.9, 0.6
 STREAM_INTERVAL = 8
 API_SERVERS = 2
 
 
 class Rival(Record, frozen=True):
-    """One change of an engine's settings: in words, and as the settings after it."""
+    """One change of an engine's settings: in words, and as the settings after it.
+
+    `skipped` says why it is not worth a trial, else it is empty.
+    """
 
     words: str
     settings: EngineSettings
-
-
-class Step(Record, frozen=True):
-    """Rivals that exclude each other. `skipped` says why none of them is worth a trial, else it is empty."""
-
-    rivals: list[Rival]
     skipped: str = ""
 
 
-def steps(base: EngineSettings, workload: Workload, gpu_idle_pct: float | None, number: int) -> Step | None:
-    """The `number`-th step (from 0) from the settings found so far; None after the last.
+def rival(
+    number: int, base: EngineSettings, workload: Workload, gpu_idle_pct: float | None, api_fullness: float | None
+) -> Rival | None:
+    """The `number`-th of RIVALS (from 0), starting from the settings found so far; None where it changes nothing.
 
-    `gpu_idle_pct` is what was seen of the engine with these settings.
+    `gpu_idle_pct` and `api_fullness` (of the busiest API server; from 1 on it is the limit, see `limits`) are what was
+    seen of the engine with these settings; None where it was not.
     """
-    makers = (_batch, _front_end, _streaming, _async, _budget)
-    if number >= len(makers):
+    make = _MAKERS[number]
+    found = make(base, workload)
+    if found is None:
         return None
-    rivals = makers[number](base, workload)
-    spares_cpu = makers[number] in (_front_end, _streaming, _async)
-    if rivals and spares_cpu and gpu_idle_pct is not None and gpu_idle_pct < GPU_BUSY_IDLE_PCT:
-        return Step(
-            rivals=rivals, skipped=f"the GPU is idle for {gpu_idle_pct:.0f} % only, so the CPU is not the limit"
-        )
-    return Step(rivals=rivals)
+    spares_front_end = make in (_api_servers, _rust, _streaming)
+    skipped = ""
+    if gpu_idle_pct is not None:
+        idle = f"the GPU is idle for {gpu_idle_pct:.0f} %"
+        if (spares_front_end or make is _async) and gpu_idle_pct < GPU_BUSY_IDLE_PCT:
+            skipped = f"{idle} only, so the CPU is not the limit"
+        elif make is _budget and gpu_idle_pct > GPU_WAITS_IDLE_PCT:
+            skipped = f"{idle}: it waits for the CPU, and larger steps would not fill it"
+    calm = SECOND_API_FULLNESS if make is _api_servers else API_CALM_FULLNESS
+    if spares_front_end and not skipped and api_fullness is not None and api_fullness < calm:
+        skipped = f"the API server is at {api_fullness * 100:.0f} % of what it can do, so it is not the limit"
+    return structs.replace(found, skipped=skipped)
 
 
 def for_batch(base: EngineSettings, concurrency: int) -> EngineSettings:
@@ -74,39 +85,45 @@ def for_share(tuned: EngineSettings, default: EngineSettings, concurrency: int, 
     return for_batch(least, -(-concurrency * 11 // (10 * engines)))
 
 
-def _batch(base: EngineSettings, workload: Workload) -> list[Rival]:
+def _batch(base: EngineSettings, workload: Workload) -> Rival | None:
     changed = for_batch(base, workload.concurrency)
-    if changed == base:
-        return []
-    return [Rival(words=f"graphs up to batch {changed.max_cudagraph_capture_size}", settings=changed)]
+    words = f"graphs up to batch {changed.max_cudagraph_capture_size}"
+    return None if changed == base else Rival(words=words, settings=changed)
 
 
-def _front_end(base: EngineSettings, workload: Workload) -> list[Rival]:
+def _api_servers(base: EngineSettings, workload: Workload) -> Rival | None:
     if base.rust_front_end or base.api_server_count > 1:
-        return []
-    return [
-        Rival(words=f"{API_SERVERS} API servers", settings=structs.replace(base, api_server_count=API_SERVERS)),
-        Rival(words="Rust front end", settings=structs.replace(base, rust_front_end=True)),
-    ]
+        return None
+    return Rival(words=f"{API_SERVERS} API servers", settings=structs.replace(base, api_server_count=API_SERVERS))
 
 
-def _streaming(base: EngineSettings, workload: Workload) -> list[Rival]:
+def _rust(base: EngineSettings, workload: Workload) -> Rival | None:
+    if base.rust_front_end:
+        return None
+    return Rival(words="Rust front end", settings=structs.replace(base, rust_front_end=True, api_server_count=1))
+
+
+def _streaming(base: EngineSettings, workload: Workload) -> Rival | None:
     if base.rust_front_end or base.stream_interval >= STREAM_INTERVAL or workload.kind == "prefill":
-        return []  # the Rust front end of 0.26 knows no interval, and one token is no stream
+        return None  # the Rust front end of 0.26 knows no interval, and one token is no stream
     changed = structs.replace(base, stream_interval=STREAM_INTERVAL)
-    return [Rival(words=f"{STREAM_INTERVAL} tokens per streamed piece", settings=changed)]
+    return Rival(words=f"{STREAM_INTERVAL} tokens per streamed piece", settings=changed)
 
 
-def _async(base: EngineSettings, workload: Workload) -> list[Rival]:
+def _async(base: EngineSettings, workload: Workload) -> Rival | None:
     if base.async_scheduling:
-        return []  # the default of 0.26
-    return [Rival(words="asynchronous scheduling", settings=structs.replace(base, async_scheduling=True))]
+        return None  # the default of 0.26
+    return Rival(words="asynchronous scheduling", settings=structs.replace(base, async_scheduling=True))
 
 
-def _budget(base: EngineSettings, workload: Workload) -> list[Rival]:
+def _budget(base: EngineSettings, workload: Workload) -> Rival | None:
     doubled = 2 * base.max_num_batched_tokens
     changed = structs.replace(base, max_num_batched_tokens=doubled)
-    return [Rival(words=f"token budget {doubled}", settings=changed)]
+    return Rival(words=f"token budget {doubled}", settings=changed)
+
+
+_MAKERS = (_batch, _api_servers, _rust, _streaming, _async, _budget)
+RIVALS = len(_MAKERS)
 
 
 def shared_budget(settings: EngineSettings, engines: int) -> EngineSettings | None:
@@ -125,17 +142,21 @@ def shared_budget(settings: EngineSettings, engines: int) -> EngineSettings | No
     )
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number > 1 else "")
+
+
 def _changes(settings: EngineSettings, default: EngineSettings) -> list[tuple[str, str]]:
     """What settings change of the default engine's: in words, and as a part of a file name."""
-    no = "" if settings.async_scheduling else "no"
+    rust, async_ = ("" if on else "no " for on in (settings.rust_front_end, settings.async_scheduling))
     told = {
-        "rust_front_end": ("Rust front end", "rust"),
-        "api_server_count": (f"{settings.api_server_count} API servers", f"api{settings.api_server_count}"),
+        "rust_front_end": (f"{rust}Rust front end", f"{rust.strip()}rust"),
+        "api_server_count": (_count(settings.api_server_count, "API server"), f"api{settings.api_server_count}"),
         "stream_interval": (
-            f"{settings.stream_interval} tokens per streamed piece",
+            f"{_count(settings.stream_interval, 'token')} per streamed piece",
             f"stream{settings.stream_interval}",
         ),
-        "async_scheduling": (f"{no} asynchronous scheduling".strip(), f"{no}async"),
+        "async_scheduling": (f"{async_}asynchronous scheduling", f"{async_.strip()}async"),
         "max_num_batched_tokens": (
             f"token budget {settings.max_num_batched_tokens}",
             f"budget{settings.max_num_batched_tokens}",

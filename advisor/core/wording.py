@@ -11,14 +11,14 @@ from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Value
 
 def name(field: Field, one: Candidate) -> str:
     """A candidate in words, with what sets its settings apart from those that every candidate has."""
-    told, kept = one.settings, field.outline.tuned
-    default = field.manifest.settings
+    told, kept, default = one.settings, field.outline.tuned, field.manifest.settings
     if one.engines == 1:
         text = "1 engine"
         if told is not None and tuning.bare(told) != tuning.bare(default):
             text = "1 tuned engine" if tuning.bare(told) == tuning.bare(kept) else f"1 engine{_with(told, default)}"
     else:
-        text = f"{one.engines} engines{_with(told, kept) if told is not None else ''}"
+        usual = tuning.for_share(field.outline.several, default, field.outline.concurrency, one.engines)
+        text = f"{one.engines} engines{_with(told, usual) if told is not None else ''}"
     if one.mps:
         text += " under MPS"
         if one.thread_percentages:
@@ -125,8 +125,8 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
             f"{name(field, best_without)} with {rate(best_without):,.0f}."
         )
         if best_without.engines > 1 and best_without.gain_vs_default is not None:
-            tuned = field.tuned is not None and field.tuned is not field.default
-            needs = f"only {'tuning and ' if tuned else ''}{best_without.engines} engines"
+            plain = best_without.settings is None or tuning.bare(best_without.settings) == _default(field)
+            needs = f"only {'' if plain else 'tuning and '}{best_without.engines} engines"
             reasons.append(f"Of the gain over one engine, {times(best_without.gain_vs_default)} needs no MPS, {needs}.")
     elif rival is not None and best_without is not None:
         gain = rival.gain_vs_best_without_mps
@@ -138,9 +138,15 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
         )
     if field.tuned is not None and field.default is not None and field.tuned.settings and field.default.settings:
         changes = tuning.words(field.tuned.settings, field.default.settings)
-        reasons.append(f"Tuned: {', '.join(changes)}." if changes else "No setting of one engine brought 3 %.")
+        left = choice.engines > 1 and choice.settings is not None and tuning.bare(choice.settings) == _default(field)
+        only = " for one engine; several gain nothing by it" if left else ""
+        reasons.append(f"Tuned: {', '.join(changes)}{only}." if changes else "No setting of one engine brought 3 %.")
     base = field.tuned or field.default
     alone = next((one for one in field.all if one.ok and one.mps and one.engines == 1), None)
     if alone is not None and base is not None and (gained := field.gain(alone, base)) is not None:
         reasons.append(f"MPS itself, with one engine: {times(gained)} the same engine without it.")
     return reasons
+
+
+def _default(field: Field) -> EngineSettings:
+    return tuning.bare(field.manifest.settings)

@@ -456,7 +456,11 @@ def _notes(report: Report) -> Iterator[str]:
     if report.workload.kind == "prefill":
         yield f"Each output token stands for a prompt of {report.workload.isl:,} tokens."
     if report.core_s is not None:
-        yield f"A verdict holds for cores as fast as these: {report.core_s * 1000:.1f} ms for the fixed piece of work."
+        slowed = report.cores_slowed_pct or 0.0
+        yield (
+            f"A verdict holds for cores as fast as these: {report.core_s * 1000:.1f} ms for a fixed piece of work"
+            + (f"; in {slowed:.0f} % of the probes half as long again or more." if slowed >= 1 else ".")
+        )
     if report.replayed:
         yield "This report was replayed from a recorded run: nothing was measured now."
         if report.recommendation.commands:
