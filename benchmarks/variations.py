@@ -10,7 +10,9 @@ A name given again is another start of the same.
     split                                              the engine core alone on its engine's first core
     warmupX  windowS                                   turnovers of warm-up, seconds of window
     loadedN                                            requests in flight
+    spreadP                                            output lengths drawn from osl ± P %
     idleN                                              N more engines that get no request
+    again                                              another window of the start before, not another start
 
 Figures from it stand in docs/measurement.md. It takes the same care as `profile`; it only chooses nothing.
 """
@@ -42,8 +44,8 @@ SETTINGS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
-def variation(manifest: Manifest, name: str, number: int) -> TrialSpec:
-    """The spec of a NAME, the `number`-th of all. Raises ValueError for a word that is none of those above."""
+def variation(manifest: Manifest, name: str, number: int, last: TrialSpec | None = None) -> TrialSpec:
+    """The spec of a NAME, the `number`-th of all, after `last`. Raises ValueError for a word that is none of those."""
     first, *words = name.split("+")
     told, base = [_split(word) for word in words], manifest.settings
     for word, amount in told:
@@ -65,13 +67,22 @@ def variation(manifest: Manifest, name: str, number: int) -> TrialSpec:
             case "split":
                 changes["split_cores"] = True
             case "load":
-                changes["load_cores"] = spec.load_cores[: int(amount)]
+                # More load cores than usual are taken from the engine, from its end.
+                every = sorted({core for cores in spec.engine_cores for core in cores} | set(spec.load_cores))
+                changes["load_cores"] = every[-int(amount) :] if int(amount) > 4 else spec.load_cores[: int(amount)]
+                free = set(every) - set(changes["load_cores"])
+                changes["engine_cores"] = [sorted(free & set(cores)) for cores in spec.engine_cores]
             case "warmup":
                 protocol = msgspec.structs.replace(protocol, warmup_turnovers=float(amount))
             case "window":
                 protocol = msgspec.structs.replace(protocol, measure_min_s=float(amount))
             case "loaded":
                 workload = msgspec.structs.replace(workload, concurrency=int(amount))
+            case "spread":
+                workload = msgspec.structs.replace(workload, osl_spread=round(workload.osl * float(amount) / 100))
+            case "again" if last is not None:
+                # A prompt drawn once more would be found in the prefix cache.
+                workload, number = msgspec.structs.replace(workload, seed=workload.seed + 1000 + number), last.repeat
             case _ if word not in SETTINGS and word != "idle":
                 raise ValueError(f"“{word}{amount}” in “{name}” is no variation; see --help")
     return msgspec.structs.replace(
@@ -116,11 +127,13 @@ def main() -> None:
     began = time.monotonic()
 
     def story(manifest: Manifest, runner: flow.Runner, **rest: object) -> Report:
+        last = None
         for number, name in enumerate(options.names):
             if time.monotonic() - began > options.limit_s:
                 print(f"out of time before {name}", flush=True)
                 break
-            print(told(name, judge(runner.run(variation(manifest, name, number)))), flush=True)
+            last = variation(manifest, name, number, last)
+            print(told(name, judge(runner.run(last))), flush=True)
         raise SystemExit(0)
 
     flow.profile = story
