@@ -24,6 +24,7 @@ from advisor.shell.store import RunFolder
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path.parent for path in (ROOT / "data").glob("*/manifest.json"))
+STUDIES = sorted(path.parent for path in (ROOT / "data" / "studies").glob("*/manifest.json"))
 KILLED_ENGINE = ROOT / "tests" / "data" / "killed-engine"
 LIMIT_BYTES = 300 * 1024
 
@@ -107,6 +108,13 @@ def test_every_measured_candidate_says_what_limited_it(folder: Path):
     assert measured and all(one.limited_by and one.limit_evidence for one in measured)
     assert all(one.limited_by == "gpu" for one in measured if one.gpu_idle_pct < 10)
     assert not {caution.code for caution in report.warnings} & {"cpu_contention", "uneven_cores"}
+
+
+@pytest.mark.parametrize("folder", [*SHIPPED, *STUDIES], ids=lambda path: path.name)
+def test_nobody_is_said_to_have_disturbed_what_ran_alone(folder: Path):
+    judged = [judge(raw) for raw in RunFolder(folder).trials()]
+    told = [(slug(one.spec), caution.text) for one in judged for caution in one.cautions]
+    assert not [text for _, text in told if "cannot be seen from here" in text or "PID" in text], told
 
 
 def test_what_was_found_on_the_h200_stays_found():

@@ -527,6 +527,8 @@ def test_chunks_that_hold_several_tokens_are_a_caution():
     behind = changed(TRIAL, "loads.0.chunks", lambda chunks: int(chunks * 0.85))
     assert caution_codes(behind) == {"coalesced"}
     assert caution_codes(changed(TRIAL, "loads.0.chunks", lambda chunks: int(chunks * 0.98))) == set()
+    # What was asked for is not lateness.
+    assert caution_codes(changed(behind, "spec.settings.stream_interval", 8)) == set()
 
 
 def test_an_engine_far_below_its_fair_share_is_a_caution():

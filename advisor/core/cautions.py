@@ -130,7 +130,8 @@ def _server_cautions(raw: RawTrial) -> Iterator[Caution]:
             f"vLLM preempted {preempted:.0f} requests during the window: the KV cache was too small for the load.",
         )
     chunks, tokens = sum(load.chunks for load in raw.loads), sum(sum(load.tokens) for load in raw.loads)
-    if chunks and tokens / chunks > COALESCED_MAX:
+    told = raw.spec.settings.stream_interval if raw.spec.settings else 1
+    if chunks and tokens / chunks > COALESCED_MAX * told:
         yield caution(
             "coalesced",
             f"Streamed chunks held {tokens / chunks:.2f} tokens on average: an API server was behind its engine, "
