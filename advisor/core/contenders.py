@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from advisor.core import numerics, slo
-from advisor.core.estimate import Estimate, Spread, estimate, spread
+from advisor.core.estimate import Estimate, estimate, spread
+from advisor.core.intervals import Variance
 from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
 from advisor.core.tried import Tried, candidate, slug
 
@@ -87,7 +88,7 @@ def _contender(
     everything: list[Tried],
     concurrency: int,
     objectives: Mapping[str, float],
-    between: Spread,
+    between: Variance,
 ) -> Contender:
     starts = [one for one in attempts if one.ok]
     at_load: dict[int, list[Tried]] = {concurrency: starts}

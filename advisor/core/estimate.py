@@ -1,9 +1,10 @@
 """What several starts of the same engines say together: a rate with an interval that a new start would fall into.
 
-Blocks of one window say how steady that start was, not how far the next start would be from it. So the error of a
-rate is taken from engines that were started more than once, over all candidates of a run: how well a start repeats
-is a property of the machine and the load rather than of a candidate, and one candidate's two starts alone would
-leave one degree of freedom. Pure.
+Blocks of one window say how steady that start was, not how far the next start would be from it. A start's rate has
+both errors: that of its window, which its own blocks tell, and that of starts about their candidate, which is taken
+from all candidates of a run that were started more than once: one candidate's two starts alone would leave one degree
+of freedom. What two starts differ by beyond what their windows explain is the second; so a candidate that waits for
+the CPU, whose windows are rough, does not make the others look rough as well. Pure.
 
 The best of several candidates was in part lucky, and the start that chose it holds that luck in all of its blocks:
 starts differ more than blocks do. So what chose a candidate, its first start, is not part of what is quoted of it.
@@ -15,22 +16,28 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from advisor.core.intervals import LogMean, log_ratio, value_of
+from advisor.core.intervals import LogMean, Variance, add, log_ratio, value_of
 from advisor.core.records import Measurement, Value
 
-
-class Spread(NamedTuple):
-    """Variance of a start's mean log rate about its candidate's, and its degrees of freedom (0: never repeated)."""
-
-    variance: float
-    dof: int
+# No two starts repeat better than this, however alike the few that were seen. Keeps intervals honest where the
+# estimate below comes out as zero by chance (tests/test_estimate.py).
+LEAST_BETWEEN_STARTS = 0.003
 
 
 class Estimate(NamedTuple):
-    """A candidate's rate over its starts, on logarithms as in `intervals`. `pooled`: its error is the run's."""
+    """A candidate's rate over its starts, on logarithms as in `intervals`, with its two errors.
 
-    mean: LogMean
-    pooled: bool
+    `window` is this candidate's own, `between` comes from the run's starts and is one estimate for all candidates.
+    """
+
+    log_mean: float
+    window: Variance
+    between: Variance
+
+    @property
+    def mean(self) -> LogMean:
+        variance, dof = add([self.window, self.between])
+        return LogMean(self.log_mean, math.sqrt(variance), dof)
 
     @property
     def value(self) -> Value:
@@ -42,41 +49,46 @@ def _log_rate(start: Measurement) -> float:
     return math.log(start.throughput_tok_per_s.value)
 
 
-def spread(candidates: Sequence[Sequence[Measurement]]) -> Spread:
-    """The pooled variance between starts of the same candidate, over all candidates started at least twice."""
-    squares, dof = 0.0, 0
-    for starts in candidates:
-        logs = [_log_rate(one) for one in starts]
-        if len(logs) < 2:
-            continue
-        mean = math.fsum(logs) / len(logs)
-        squares += math.fsum((one - mean) ** 2 for one in logs)
-        dof += len(logs) - 1
-    return Spread(squares / dof if dof else 0.0, dof)
+def spread(candidates: Sequence[Sequence[Measurement]]) -> Variance:
+    """Variance of a start's log rate about its candidate's, beyond what its window explains.
 
-
-def estimate(starts: Sequence[Measurement], between: Spread) -> Estimate:
-    """A candidate's rate from those of its starts that are quoted (at least one), with the error that `between` gives.
-
-    Where no candidate was started twice, or where the windows' own blocks vary more than starts did, the blocks'
-    error is taken: a start cannot be known better than its window.
+    By moments, as in random-effects models (DerSimonian and Laird 1986): of each candidate that was started several
+    times the variance of its starts less the mean variance of its windows, weighted by how well the windows are known.
+    Zero, with degrees of freedom that do not matter, where nothing was started twice.
     """
-    mean = math.fsum(_log_rate(one) for one in starts) / len(starts)
-    within = math.fsum(one.log_se**2 for one in starts) / len(starts)
-    pooled = between.dof > 0 and between.variance >= within
-    variance = between.variance if pooled else within
-    dof = between.dof if pooled else sum(one.dof for one in starts)
-    return Estimate(LogMean(mean, math.sqrt(variance / len(starts)), dof), pooled)
+    weights, excess, squares = [], [], []
+    for starts in candidates:
+        if len(starts) < 2:
+            continue
+        logs = [_log_rate(one) for one in starts]
+        mean = math.fsum(logs) / len(logs)
+        between = math.fsum((one - mean) ** 2 for one in logs) / (len(logs) - 1)
+        within = math.fsum(one.log_se**2 for one in starts) / len(starts)
+        weights.append((len(logs) - 1) / (within + LEAST_BETWEEN_STARTS**2))
+        squares.append(weights[-1] ** 2 / (len(logs) - 1))
+        excess.append(between - within)
+    if not weights:
+        return Variance(0.0, math.inf)
+    found = math.fsum(weight * one for weight, one in zip(weights, excess, strict=True)) / math.fsum(weights)
+    return Variance(max(found, LEAST_BETWEEN_STARTS**2), math.fsum(weights) ** 2 / math.fsum(squares))
+
+
+def estimate(starts: Sequence[Measurement], between: Variance) -> Estimate:
+    """A candidate's rate from those of its starts that are quoted (at least one); `between` as `spread` gives it."""
+    count = len(starts)
+    own = add([Variance(one.log_se**2 / count**2, one.dof) for one in starts])
+    mean = math.fsum(_log_rate(one) for one in starts) / count
+    return Estimate(mean, own, Variance(between.variance / count, between.dof))
 
 
 def gain(one: Estimate, base: Estimate) -> Value:
     """How many times the base's rate, with its 90 % interval.
 
-    Two errors that both come from the run's pooled variance are one estimate used twice: its degrees of freedom do
-    not add up as they do for independent errors (Welch and Satterthwaite, in `intervals.log_ratio`).
+    The errors between starts are one estimate used twice: its degrees of freedom do not add up as independent ones do.
     """
-    ratio = log_ratio(one.mean, base.mean)
-    return value_of(ratio.log_mean, ratio.log_se, one.mean.dof if one.pooled and base.pooled else ratio.dof)
+    between = Variance(one.between.variance + base.between.variance, min(one.between.dof, base.between.dof))
+    variance, dof = add([one.window, base.window, between])
+    return value_of(one.log_mean - base.log_mean, math.sqrt(variance), dof)
 
 
 def ratio_of_windows(one: Measurement, base: Measurement) -> Value:

@@ -106,20 +106,35 @@ def value_of(log_mean: float, log_se: float, dof: float, centre: float | None = 
     return Value(value=middle, low=middle / factor, high=middle * factor)
 
 
-def log_ratio(a: LogMean, b: LogMean) -> LogMean:
-    """Log of the ratio a/b of two independent means: their difference, root of the sum of squared errors.
+class Variance(NamedTuple):
+    """A squared error and the degrees of freedom that it was estimated with."""
 
-    Degrees of freedom by Welch and Satterthwaite (Satterthwaite 1946; Welch 1947), with v the squared errors:
-    (v_a + v_b)² / (v_a²/dof_a + v_b²/dof_b).
+    variance: float
+    dof: float
+
+
+def add(terms: Sequence[Variance]) -> Variance:
+    """The sum of independent squared errors. Its degrees of freedom by Welch and Satterthwaite (Satterthwaite 1946;
+    Welch 1947): (Σ v)² / Σ (v² / dof). Terms of zero say nothing, unless all are zero. Raises ValueError for no term.
     """
+    largest = max(term.variance for term in terms)
+    if largest == 0:
+        return Variance(0.0, min(term.dof for term in terms))
+    # Relative to the largest, so that tiny errors do not underflow when they are squared.
+    shares = [Variance(term.variance / largest, term.dof) for term in terms if term.variance > 0]
+    total = math.fsum(share.variance for share in shares)
+    dof = total**2 / math.fsum(share.variance**2 / share.dof for share in shares)
+    return Variance(total * largest, dof)
+
+
+def log_ratio(a: LogMean, b: LogMean) -> LogMean:
+    """Log of the ratio a/b of two independent means: their difference, and the root of the sum of squared errors."""
     error = math.hypot(a.log_se, b.log_se)
     if error == 0:
-        dof = min(a.dof, b.dof)
-    else:
-        # Relative to the larger error, so that tiny errors do not underflow when they are squared twice.
-        larger = max(a.log_se, b.log_se)
-        v_a, v_b = (a.log_se / larger) ** 2, (b.log_se / larger) ** 2
-        dof = (v_a + v_b) ** 2 / (v_a**2 / a.dof + v_b**2 / b.dof)
+        return LogMean(a.log_mean - b.log_mean, 0.0, min(a.dof, b.dof))
+    # Relative to the larger error, so that tiny errors do not underflow when they are squared.
+    larger = max(a.log_se, b.log_se)
+    _, dof = add([Variance((one.log_se / larger) ** 2, one.dof) for one in (a, b)])
     return LogMean(a.log_mean - b.log_mean, error, dof)
 
 
