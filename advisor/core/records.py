@@ -159,7 +159,7 @@ class Protocol(Record, frozen=True):
 
 
 FULL = Protocol(
-    tune=True, starts=2, equal_budget=True, curve=[0.25, 0.5], precision=0.02, precise_max_s=30.0, first_precision=0.03
+    tune=True, starts=2, equal_budget=True, curve=[0.25, 0.5], precision=0.02, precise_max_s=45.0, first_precision=0.03
 )
 # The share of the load that only latency objectives ask for: without them a finalist's curve has three points.
 LIGHT_LOAD = 0.125
