@@ -26,6 +26,7 @@ from advisor.core.records import (
     FULL,
     LIGHT_LOAD,
     SCHEMA_VERSION,
+    Ceilings,
     EngineSettings,
     GpuFacts,
     HostFacts,
@@ -45,7 +46,7 @@ from advisor.report.as_json import dumps
 from advisor.shell import hub, replay, weights
 from advisor.shell.clock import now
 from advisor.shell.processes import inherited
-from advisor.shell.resources import load_yaml
+from advisor.shell.resources import load_yaml, profiles_directory
 from advisor.shell.store import RunFolder, write
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text:
     ):
         if wanted is not None and wanted != recorded:
             raise NotRecorded(f"{folder.path.name} was recorded with {option} {recorded or 'none'}, not {wanted}")
+    if manifest.ceilings is None:
+        manifest = msgspec.structs.replace(manifest, ceilings=_ceilings(manifest.gpu.name))
     # How the evidence is judged is today's question; which trials there are is the recorded one's.
     question = manifest.question
     if asked.min_gain is not None:
@@ -396,7 +399,17 @@ def _manifest(
         host=host,
         software=software,
         settings=base,
+        ceilings=_ceilings(gpu.name),
     )
+
+
+def _ceilings(gpu: str) -> Ceilings | None:
+    """What the shipped facts say of a GPU by this name; None where they know none."""
+    for path in sorted((profiles_directory() / "gpus").glob("*.yaml")):
+        known = load_yaml(f"gpus/{path.name}")
+        if known["gpu"]["name"] == gpu:
+            return msgspec.convert(known["ceilings"], Ceilings)
+    return None
 
 
 def _protocol(question: Question) -> Protocol:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from advisor.core.errors import Unfit
 from advisor.core.model import embedding_parameters, facts, matrix_parameters
-from advisor.core.records import ModelFacts, Workload
-from advisor.core.roofline import PARTS, Ceilings, Step, bound_s, throughput_bound, windows, work
+from advisor.core.records import Ceilings, ModelFacts, Workload
+from advisor.core.roofline import PARTS, Step, bound_s, throughput_bound, windows, work
 from advisor.shell.resources import load_yaml
 
 H200 = Ceilings(copy_bytes_per_s=4.3e12, bf16_flops_per_s=7.8e14, source="measured")

@@ -16,12 +16,15 @@ from advisor.core.records import (
     ACCIDENTS,
     SCHEMA_VERSION,
     Candidate,
+    Figure,
     Manifest,
+    Profile,
     Recommendation,
     Report,
     Stage,
     Value,
 )
+from advisor.core.roofline import throughput_bound
 from advisor.core.run_cautions import cautions
 from advisor.core.search import Outline
 from advisor.core.tried import Tried, slug
@@ -58,7 +61,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
         workload=msgspec.structs.replace(asked.workload, concurrency=outline.concurrency),
         protocol=manifest.protocol,
         candidates=[_explain(one, candidate, field, choice, chosen) for one, candidate in rows] + missing,
-        profile=None,
+        profile=_profile(manifest, outline),
         waterfall=waterfall(field.default, field.tuned, field.all, choice),
         warnings=cautions(field, tried),
         recommendation=recommendation,
@@ -67,6 +70,15 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
         core_s=host.core_s if host else None,
         cores_slowed_pct=host.slowed * 100 if host else None,
     )
+
+
+def _profile(manifest: Manifest, outline: Outline) -> Profile | None:
+    if manifest.ceilings is None or manifest.model.quantization is not None:
+        return None
+    workload = msgspec.structs.replace(manifest.question.workload, concurrency=outline.concurrency)
+    bound = throughput_bound(manifest.model, workload, manifest.ceilings)
+    unit = "prompts/s" if workload.kind == "prefill" else "tokens/s"
+    return Profile(throughput_bound=Figure(value=bound, unit=unit, source="bound"))
 
 
 Row = tuple[Contender, Candidate]

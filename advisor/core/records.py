@@ -78,6 +78,14 @@ class GpuFacts(Record, frozen=True):
     power_limit_w: float | None
 
 
+class Ceilings(Record, frozen=True):
+    """What a GPU can do at best: device memory, read and written together, and dense bf16 matrix products."""
+
+    copy_bytes_per_s: float
+    bf16_flops_per_s: float
+    source: Source
+
+
 class HostFacts(Record, frozen=True):
     """The processor side. `cores` holds one logical CPU per physical core that this process may use."""
 
@@ -427,6 +435,7 @@ class Manifest(Record, frozen=True):
     host: HostFacts
     software: Software
     settings: EngineSettings  # of the default engine; with more engines only the memory shares change
+    ceilings: Ceilings | None = None
 
 
 # ---------------------------------------------------------------- conclusions
@@ -562,6 +571,23 @@ class Recommendation(Record, frozen=True):
     commands: list[str] = []
 
 
+class Figure(Record, frozen=True):
+    """One number of the profile, with its unit and where it comes from."""
+
+    value: float
+    unit: str
+    source: Source
+
+
+class Profile(Record, frozen=True):
+    """What was found out about the model on this GPU, beside the trials. None: not found out.
+
+    `throughput_bound` is what no number of engines exceeds, by the GPU's ceilings (see `roofline`).
+    """
+
+    throughput_bound: Figure | None = None
+
+
 class Report(Record, frozen=True):
     """What `profile` answers, and what every later verb reads. Keys as in the contract with users."""
 
@@ -575,7 +601,7 @@ class Report(Record, frozen=True):
     workload: Workload
     protocol: Protocol
     candidates: list[Candidate]
-    profile: dict[str, Any] | None
+    profile: Profile | None
     waterfall: list[WaterfallStep] | None
     warnings: list[Caution]
     recommendation: Recommendation

@@ -23,20 +23,12 @@ from __future__ import annotations
 from typing import Literal
 
 from advisor.core.errors import Unfit
-from advisor.core.records import ModelFacts, Record, Source, Workload
+from advisor.core.records import Ceilings, ModelFacts, Record, Workload
 from advisor.core.workload import output_tokens, prompt_tokens
 
 Part = Literal["attention", "mlp", "projections", "lm_head"]
 PARTS: tuple[Part, ...] = ("attention", "mlp", "projections", "lm_head")
 ELEMENT_BYTES = 2
-
-
-class Ceilings(Record, frozen=True):
-    """What a GPU can do at best: device memory, read and written together, and dense bf16 matrix products."""
-
-    copy_bytes_per_s: float
-    bf16_flops_per_s: float
-    source: Source
 
 
 class Step(Record, frozen=True):

@@ -455,6 +455,13 @@ def _notes(report: Report) -> Iterator[str]:
             yield f"{_name(one)}: {one.source}, not measured."
     if report.workload.kind == "prefill":
         yield f"Each output token stands for a prompt of {report.workload.isl:,} tokens."
+    if report.profile is not None and (bound := report.profile.throughput_bound) is not None:
+        rates = [one.throughput_tok_per_s.value for one in report.candidates if one.throughput_tok_per_s]
+        reached = f"; the best here reached {max(rates) / bound.value * 100:.0f} % of that" if rates else ""
+        yield (
+            f"By the GPU's ceilings no number of engines exceeds {float(f'{bound.value:.2g}'):,.0f} {bound.unit} under "
+            f"this load{reached}."
+        )
     if report.core_s is not None:
         slowed = report.cores_slowed_pct or 0.0
         yield (
