@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -393,7 +393,7 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         created=now(),
         question=question,
-        protocol=_protocol(question),
+        protocol=protocol_for(question.slo),
         model=model,
         gpu=gpu,
         host=host,
@@ -412,9 +412,9 @@ def _ceilings(gpu: str) -> Ceilings | None:
     return None
 
 
-def _protocol(question: Question) -> Protocol:
+def protocol_for(objectives: Mapping[str, float]) -> Protocol:
     """Today's protocol; under latency objectives with one more load, for they are often kept at small ones only."""
-    return msgspec.structs.replace(FULL, curve=[LIGHT_LOAD, *FULL.curve]) if question.slo else FULL
+    return msgspec.structs.replace(FULL, curve=[LIGHT_LOAD, *FULL.curve]) if objectives else FULL
 
 
 def _software(vllm: str | None, torch: str | None = None) -> Software:

@@ -33,6 +33,7 @@ from advisor.core.records import (
 )
 from advisor.core.search import Search
 from advisor.core.tried import Tried, key
+from advisor.profiling import protocol_for
 from advisor.report.terminal import render
 
 MACHINE = report()
@@ -54,6 +55,7 @@ class World:
         self.rate, self.idle, self.itl_ms, self.noise = rate, idle, itl_ms, noise
         self.between_starts, self.fails = between_starts, fails
         self.asked: list[TrialSpec] = []
+        self.gpu = MACHINE.gpu
         self.chance = random.Random(1)
 
     def try_out(self, spec: TrialSpec) -> Tried:
@@ -79,7 +81,7 @@ class World:
         return Tried(spec=spec, raw=raw, outcome="ok", measurement=measured, why="", cautions=[])
 
     def profile(self, **changes):
-        manifest = made(**changes)
+        manifest = msgspec.structs.replace(made(**changes), gpu=self.gpu)
         tried, story = [], Search(manifest).story()
         spec = next(story)
         try:
@@ -150,7 +152,7 @@ def test_a_setting_that_helps_one_engine_is_given_to_all():
     report = World(rate).profile()
     several = [one for one in report.candidates if one.engines > 1 and one.settings]
     plain = [one for one in several if one.settings.api_server_count == 1]
-    assert [(one.engines, one.mps, one.outcome) for one in plain] == [(2, True, "ok")]
+    assert {(one.engines, one.mps, one.outcome) for one in plain} == {(2, True, "ok"), (2, False, "ok")}
     assert report.recommendation.engines == 2 and report.recommendation.settings.api_server_count == 2
     tuned = next(step for step in report.waterfall if step.step == "tuned")
     assert tuned.factor.value == pytest.approx(1.2, rel=1e-6)
@@ -165,7 +167,7 @@ def test_a_setting_that_helps_one_engine_but_not_two_is_left_to_the_one():
     world = World(rate)
     report = world.profile()
     tuned = {(s.engines, s.mps) for s in world.asked if s.settings.api_server_count == 2}
-    assert tuned == {(1, False), (1, True), (2, False), (2, True)}
+    assert tuned == {(1, False), (1, True), (2, False), (2, True), (3, False)}
     assert report.recommendation.engines == 3 and report.recommendation.settings.api_server_count == 1
     factors = {step.step: step for step in report.waterfall}
     assert factors["tuned"].factor.value == pytest.approx(1.2)
@@ -250,7 +252,143 @@ def test_one_engines_token_budget_is_also_divided_among_several():
 
     assert divided(1.1) == ({(2, True), (2, False)}, 4096)
     assert divided(0.9) == ({(2, True), (2, False)}, 8192)
-    assert divided(1.01) == ({(2, True)}, 8192)
+    assert divided(1.01) == ({(2, True), (2, False)}, 8192)
+
+
+def test_a_divided_budget_that_helps_only_without_mps_is_a_rival_of_mps():
+    def rate(spec):
+        helped = 1.3 if spec.settings.max_num_batched_tokens < 8192 and not spec.mps else 1.0
+        return by_engines(1000, 1500, mps=1.2)(spec) * helped
+
+    advice = World(rate).profile().recommendation
+    assert (advice.engines, advice.mps, advice.settings.max_num_batched_tokens) == (2, False, 4096)
+
+
+def test_settings_that_help_several_engines_only_without_mps_are_a_rival_of_mps():
+    def rate(spec):
+        helped = 1.3 if spec.settings.api_server_count == 2 and not spec.mps else 1.0
+        return by_engines(1000, 1500, 1800, mps=1.2)(spec) * helped
+
+    advice = World(rate).profile().recommendation
+    assert (advice.engines, advice.mps, advice.settings.api_server_count) == (3, False, 2)
+
+
+@pytest.mark.parametrize("helped", [1.0, 1.01])
+def test_settings_that_two_engines_gain_nothing_by_are_not_advised_for_two(helped):
+    def rate(spec):
+        factor = 1.2 if spec.engines == 1 else helped
+        return by_engines(1000, 1600, mps=1.2)(spec) * (factor if spec.settings.api_server_count == 2 else 1.0)
+
+    advice = World(rate, noise=0.005, between_starts=0.005).profile().recommendation
+    assert (advice.engines, advice.mps, advice.settings.api_server_count) == (2, True, 1)
+    assert "Tuned: 2 API servers for one engine; two were not 3 % faster for it beyond noise." in advice.because
+    assert not any("tuning" in reason for reason in advice.because)
+
+
+def test_settings_under_which_two_engines_do_not_start_are_left_to_the_one():
+    def rate(spec):
+        return by_engines(1000, 1600, mps=1.2)(spec) * (1.2 if spec.settings.api_server_count == 2 else 1.0)
+
+    def fails(spec):
+        return spec.engines > 1 and spec.settings.api_server_count == 2
+
+    advice = World(rate, fails=[fails]).profile().recommendation
+    assert (advice.status, advice.engines, advice.settings.api_server_count) == ("recommend", 2, 1)
+
+
+def test_default_settings_under_which_two_engines_do_not_start_are_not_preferred():
+    def rate(spec):
+        return by_engines(1000, 1600, 1900, mps=1.2)(spec) * (1.2 if spec.settings.api_server_count == 2 else 1.0)
+
+    def fails(spec):
+        return spec.engines > 1 and spec.mps and spec.settings.api_server_count == 1
+
+    advice = World(rate, fails=[fails]).profile().recommendation
+    assert (advice.engines, advice.settings.api_server_count) == (3, 2)
+
+
+def test_settings_that_leave_no_room_for_two_engines_are_left_to_the_one():
+    """A doubled token budget needs room for larger logits; two engines with it do not fit where two default ones do."""
+
+    def rate(spec):
+        return by_engines(1000, 1010)(spec) * (1.2 if spec.settings.max_num_batched_tokens > 8192 else 1.0)
+
+    tight = 0
+    for quarter_gib in range(32, 80):
+        world = World(rate, idle=20.0)
+        world.gpu = msgspec.structs.replace(MACHINE.gpu, memory_total_bytes=quarter_gib << 28)
+        assert world.profile().recommendation.status == "recommend"
+        budgets = {n: {s.settings.max_num_batched_tokens for s in world.asked if s.engines == n} for n in (1, 2)}
+        tight += 16384 in budgets[1] and 8192 in budgets[2] and 16384 not in budgets[2]
+    assert tight
+
+
+def test_what_is_quoted_and_what_is_shown_beside_it_come_from_one_start():
+    report = World(lambda spec: 1250.0 if spec.repeat else 1000.0).profile(max_engines=1)
+    default = report.candidates[0]
+    assert default.trial.endswith("repeat-1")
+    assert default.throughput_tok_per_s.value == pytest.approx(default.requests_per_s * 128) == pytest.approx(1250)
+
+
+def test_a_young_front_end_is_warned_of_only_where_it_is_advised():
+    def rate(spec):
+        helped = 1.3 if spec.engines == 1 else 0.9
+        return by_engines(1000, 2000, mps=1.2)(spec) * (helped if spec.settings.rust_front_end else 1.0)
+
+    several, alone = World(rate).profile(), World(rate).profile(max_engines=1)
+    assert not several.recommendation.settings.rust_front_end and alone.recommendation.settings.rust_front_end
+    codes = [[one.code for one in report.warnings] for report in (several, alone)]
+    assert ["young_front_end" in found for found in codes] == [False, True]
+
+
+def test_at_a_large_load_graphs_for_each_share_are_no_tuning():
+    report = World(by_engines(1000, 2000, mps=1.3)).profile(concurrency=2000)
+    told = " ".join(report.recommendation.because)
+    assert "No setting brought 3 % beyond noise." in told and "needs no MPS, only 2 engines" in told
+    assert "tuning" not in told
+
+
+SERVE = Workload(kind="serve", isl=1024, osl=128, concurrency=256)
+
+
+@pytest.mark.parametrize(
+    ("seen", "tried"),
+    [
+        (tuning.Seen(), ["2 API servers", "Rust front end", "8 tokens per streamed piece", "token budget 16384"]),
+        (tuning.Seen(gpu_idle_pct=65.0), ["2 API servers", "Rust front end", "8 tokens per streamed piece"]),
+        (tuning.Seen(gpu_idle_pct=65.0, api_fullness=0.8), []),
+        (tuning.Seen(gpu_idle_pct=65.0, api_fullness=0.8, ttft_matters=True), ["2 API servers"]),
+        (tuning.Seen(gpu_idle_pct=65.0, api_fullness=0.5, ttft_matters=True), []),
+        (tuning.Seen(gpu_idle_pct=2.0, api_fullness=1.1), ["token budget 16384"]),
+        (tuning.Seen(gpu_idle_pct=20.0, api_fullness=0.5), ["token budget 16384"]),
+    ],
+)  # fmt: skip
+def test_what_is_tried_on_one_engine_is_what_may_be_its_limit(seen, tried):
+    found = [tuning.rival(number, SETTINGS, SERVE, seen) for number in range(tuning.RIVALS)]
+    assert [one.words for one in found if one and not one.skipped] == tried
+    assert all(one.skipped.startswith("the ") for one in found if one and one.words not in tried)
+
+
+def test_the_rust_front_end_replaces_api_servers():
+    two = msgspec.structs.replace(SETTINGS, api_server_count=2)
+    found = [tuning.rival(number, two, SERVE, tuning.Seen()) for number in range(tuning.RIVALS)]
+    rust = next(one.settings for one in found if one and one.settings.rust_front_end)
+    assert rust.api_server_count == 1
+
+
+def test_objectives_add_a_light_load_to_the_curve_and_the_default_engine_has_one_only_where_it_may_be_advised():
+    world = World(by_engines(1000, 1500, mps=1.3))
+    report = world.profile(slo={"itl_p95": 1000.0}, protocol=protocol_for({"itl_p95": 1000.0}))
+    assert next(one for one in report.candidates if one.mps and one.starts == 2).curve[0].concurrency == 32
+    tuned = World(lambda spec: 1000.0 * (1.2 if spec.settings.api_server_count == 2 else 1.0)).profile(max_engines=1)
+    assert [len(one.curve) for one in tuned.candidates if one.starts == 2] == [0, 3]
+
+
+def test_first_starts_are_not_measured_as_long_as_quoted_ones():
+    world = World(by_engines(1000, 1500, mps=1.3))
+    world.profile()
+    limits = {spec.protocol.precise_max_s for spec in world.asked if not spec.repeat}
+    assert limits == {FULL.first_max_s} and FULL.first_max_s < FULL.precise_max_s
 
 
 def test_what_was_chosen_is_quoted_without_the_luck_that_chose_it():

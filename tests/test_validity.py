@@ -12,7 +12,7 @@ from raw import changed
 
 from advisor.core.cautions import REMEDIES, caution, cautions, teardown_cautions
 from advisor.core.measure import measure
-from advisor.core.records import CautionCode, CoreSpeed, MpsEvidence, Protocol, Stranger, Workload
+from advisor.core.records import FULL, CautionCode, CoreSpeed, MpsEvidence, Protocol, Stranger, Workload
 from advisor.core.validity import judge
 
 TRIAL = raw.trial()
@@ -321,13 +321,20 @@ def test_steady_decode_with_a_block_without_a_token_is_refused():
     assert codes(paced(DECODE, 0.0, 1.4, 2.3)) == set()
 
 
-@pytest.mark.parametrize(("pace", "refused"), [(0.5, True), (0.6, True), (0.8, False), (1.25, False), (1.7, True)])
+@pytest.mark.parametrize(("pace", "refused"), [(0.5, True), (0.83, True), (0.9, False), (1.1, False), (1.2, True)])
 @pytest.mark.parametrize("protocol", [raw.PROTOCOL, Protocol()])
 def test_a_level_shift_in_the_middle_of_the_window_is_no_steady_state(pace, refused, protocol):
     trial = raw.trial(protocol=protocol, noise=0.0)
     shifted = paced(trial, pace, (trial.window[1] - trial.window[0]) / 2)
     assert codes(shifted) == ({"unsteady"} if refused else set())
     assert not refused or ("by +" if pace > 1 else "by -") in text(shifted, "unsteady")
+
+
+def test_the_protocol_says_how_steady_a_window_has_to_be():
+    middle = (TRIAL.window[1] - TRIAL.window[0]) / 2
+    lenient = changed(paced(TRIAL, 0.8, middle), "spec.protocol.unsteady_log", FULL.unsteady_log)
+    assert (codes(paced(TRIAL, 0.8, middle)), codes(lenient)) == ({"unsteady"}, set())
+    assert codes(changed(paced(TRIAL, 0.5, middle), "spec.protocol.unsteady_log", FULL.unsteady_log)) == {"unsteady"}
 
 
 @pytest.mark.parametrize(("low_s", "high_s"), [(0.0, 4.0), (2.0, 6.0), (8.0, 12.0)])

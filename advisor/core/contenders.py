@@ -18,7 +18,7 @@ from advisor.core.tried import Tried, candidate, slug
 class Contender:
     """One candidate with all its evidence.
 
-    `shown` is the trial whose occupations stand for it: the first start at the load that decides, which is the full
+    `shown` is the trial whose occupations stand for it: the quoted start at the load that decides, which is the full
     load, or under latency objectives the one with the highest rate at which every start keeps to them. `estimate` is
     None for a candidate without a valid trial at a load that may decide. `nearest` is the point that comes closest to
     the objectives where none keeps to them.
@@ -97,9 +97,7 @@ def _contender(
             at_load.setdefault(_load(one), []).append(one)
 
     def known(group: list[Tried]) -> Estimate:
-        # First starts chose, among them the default's: one that was unlucky makes others look better than they are.
-        quoted = group[1:] if len(group) > 1 else group
-        return estimate(_measurements(quoted), between)
+        return estimate(_measurements(_quoted(group)), between)
 
     measured = {load: group for load, group in at_load.items() if group}
     points = {load: _point(load, group, known(group)) for load, group in measured.items()}
@@ -107,11 +105,18 @@ def _contender(
     keeping = [load for load in points if slo.meets(points[load], objectives)]
     if not keeping:
         nearest = min(points.values(), key=lambda point: slo.worst(point, objectives)[0], default=None)
-        return Contender(attempts, starts, (starts or attempts[-1:])[0], 0.0, None, None, curve, nearest)
+        return Contender(attempts, starts, _quoted(starts or attempts[-1:])[0], 0.0, None, None, curve, nearest)
     # Without objectives the full load decides, whatever smaller ones gave.
     load = concurrency if not objectives and starts else max(keeping, key=lambda one: measured[one][0].rate)
     group = measured[load]
-    return Contender(attempts, starts, group[0], group[0].rate, known(group), points[load], curve)
+    return Contender(attempts, starts, _quoted(group)[0], group[0].rate, known(group), points[load], curve)
+
+
+def _quoted(group: list[Tried]) -> list[Tried]:
+    """Those of several starts that are quoted. First starts chose, among them the default engine's: where that was
+    unlucky, others look better than they are.
+    """
+    return group[1:] if len(group) > 1 else group
 
 
 def _load(one: Tried) -> int:

@@ -63,7 +63,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
         candidates=[_explain(one, candidate, field, choice, chosen) for one, candidate in rows] + missing,
         profile=_profile(manifest, outline),
         waterfall=waterfall(field.default, field.tuned, field.all, choice),
-        warnings=cautions(field, tried),
+        warnings=cautions(field, tried, recommendation.settings),
         recommendation=recommendation,
         timeline=_timeline(tried),
         question=asked,
@@ -234,11 +234,11 @@ def _explain(
     elif one.mps and one.engines == 1:
         why = "shows what MPS itself costs"
     elif len(one.starts) < field.manifest.protocol.starts and one.attempts[-1].ok:
-        why = "no faster by more than 3 % on its first start than others of its kind, and so not started again"
+        why = "no faster than others of its kind on its first start by 3 %, or less simple, and so not started again"
     elif len(one.starts) < field.manifest.protocol.starts:
         why = "its later start failed"
     elif not field.eligible(one):
-        why = "brought less than 3 % over the settings it was tried on"
+        why = "brought less than 3 % beyond noise over the settings it was tried on"
     elif _simplicity(field, candidate) > _simplicity(field, chosen) and ratio <= AS_GOOD:
         why = "no more than 3 % faster than what is advised, and less simple"
     elif one.mps and not choice.mps:

@@ -10,7 +10,7 @@ import msgspec
 from advisor.core.candidates import Field
 from advisor.core.cautions import caution, teardown_cautions
 from advisor.core.estimate import ratio_of_windows
-from advisor.core.records import ACCIDENTS, Caution
+from advisor.core.records import ACCIDENTS, Caution, EngineSettings
 from advisor.core.tried import Tried, slug
 
 # Two starts of the same engines differ by less on a machine that stays as it is.
@@ -19,9 +19,9 @@ DRIFT_MAX = 0.05
 CERTAIN = 1.6
 
 
-def cautions(field: Field, tried: Sequence[Tried]) -> list[Caution]:
-    """Every caution of a trial once, with the trials it was seen in; then those of the run."""
-    return [*_of_trials(tried), *_not_measured(field), *_repeated(field), *_drift(field), *_settings(field)]
+def cautions(field: Field, tried: Sequence[Tried], advised: EngineSettings | None) -> list[Caution]:
+    """Every caution of a trial once, with the trials it was seen in; then those of the run and of what is advised."""
+    return [*_of_trials(tried), *_not_measured(field), *_repeated(field), *_drift(field), *_settings(field, advised)]
 
 
 def _of_trials(tried: Sequence[Tried]) -> Iterator[Caution]:
@@ -78,17 +78,16 @@ def _drift(field: Field) -> Iterator[Caution]:
             )
 
 
-def _settings(field: Field) -> Iterator[Caution]:
-    kept = field.tuned
-    if kept is not None and kept.settings is not None and kept.settings.stream_interval > 1:
+def _settings(field: Field, advised: EngineSettings | None) -> Iterator[Caution]:
+    if advised is not None and advised.stream_interval > 1:
         yield caution(
             "coarse_stream",
-            f"The tuned engine sends {kept.settings.stream_interval} tokens at a time, so that text arrives in pieces.",
+            f"What is advised sends {advised.stream_interval} tokens at a time, so that text arrives in pieces.",
         )
-    if kept is not None and kept.settings is not None and kept.settings.rust_front_end:
+    if advised is not None and advised.rust_front_end:
         yield caution(
             "young_front_end",
-            "The tuned engine uses vLLM's Rust front end, which knows not all of vLLM's options.",
+            "What is advised uses vLLM's Rust front end, which knows not all of vLLM's options.",
         )
     if field.manifest.model.weights == "dummy":
         yield caution(

@@ -104,13 +104,12 @@ class Search:
         for number in range(tuning.RIVALS):
             if not best.ok or best.measurement is None:
                 return
-            rival = tuning.rival(
-                number,
-                self._tuned,
-                self._manifest.question.workload,
-                best.measurement.gpu_idle_pct,
-                limits.api_fullness(best.raw),
+            seen = tuning.Seen(
+                gpu_idle_pct=best.measurement.gpu_idle_pct,
+                api_fullness=limits.api_fullness(best.raw),
+                ttft_matters=any(name.startswith("ttft") for name in self._manifest.question.slo),
             )
+            rival = tuning.rival(number, self._tuned, self._manifest.question.workload, seen)
             if rival is None:
                 continue
             if why := rival.skipped or self._no_room(1, rival.settings):
@@ -166,37 +165,35 @@ class Search:
             for mps in (False, True):
                 self._leave_out(2, mps, None, *refusal)
             return
-        self._several_from = self._tuned
-        yield from self._measured(self._spec(2, mps=False))
-        yield from self._tune_several()
+        default = self._manifest.settings
+        rival = tuning.for_share(self._tuned, default, self._concurrency, 2)
+        tuned = self._protocol.tune and tuning.bare(rival) != tuning.bare(self._for(2)) and not self._no_room(2, rival)
+        if tuned:
+            yield from self._measured(self._spec(2, mps=False, base=rival))
+            yield from self._tune_several(rival)
+        else:
+            yield from self._measured(self._spec(2, mps=False))
         winner = yield from self._grow(single)
         if winner is None:
             return
         engines = winner.spec.engines
         yield from self._measured(self._spec(engines, mps=False))
+        if tuned:
+            # What was chosen under MPS need not be the best without it, and that is what MPS is compared with.
+            for base in (self._tuned, default):
+                share = tuning.for_share(base, default, self._concurrency, engines)
+                if not self._no_room(engines, share):
+                    yield from self._measured(self._spec(engines, mps=False, base=share))
         if self._protocol.equal_budget and (shared := tuning.shared_budget(self._for(engines), engines)):
-            winner = yield from self._divided(winner, shared)
+            yield from self._measured(self._spec(engines, mps=False, base=shared))
+            divided = yield from self._measured(self._spec(engines, mps=True, base=shared))
+            if divided.ok and divided.rate >= WORTH_IT * winner.rate:
+                winner = divided
         yield from self._thread_percentages(winner)
 
-    def _divided(self, winner: Tried, shared: EngineSettings) -> Told:
-        """The winner with one engine's token budget divided among its engines; also without MPS where that matters."""
-        engines = winner.spec.engines
-        divided = yield from self._measured(self._spec(engines, mps=True, base=shared))
-        if divided.ok and max(divided.rate, winner.rate) < WORTH_IT * min(divided.rate, winner.rate):
-            change = f"{(divided.rate / winner.rate - 1) * 100:+.1f} %"
-            why = f"under MPS the divided token budget changed throughput by {change} only"
-            self._leave_out(engines, False, None, "skipped", why, base=shared)
-        else:
-            yield from self._measured(self._spec(engines, mps=False, base=shared))
-        return divided if divided.ok and divided.rate >= WORTH_IT * winner.rate else winner
-
-    def _tune_several(self) -> Chapter:
+    def _tune_several(self, rival: EngineSettings) -> Chapter:
         """What helps one engine need not help several, which share the same cores: keep it only if it helps two."""
-        default = self._manifest.settings
-        if not self._protocol.tune or tuning.bare(self._tuned) == tuning.bare(default):
-            return
-        tuned = yield from self._measured(self._spec(2, mps=True))
-        self._several_from = default
+        tuned = yield from self._measured(self._spec(2, mps=True, base=rival))
         plain = yield from self._measured(self._spec(2, mps=True))
         if tuned.ok and (not plain.ok or self._is_better(tuned, plain)):
             self._several_from = self._tuned
@@ -212,7 +209,7 @@ class Search:
         while True:
             if refusal := self._refusal(engines):
                 self._leave_out(engines, True, None, *refusal)
-                return simplest_best(tried)
+                return simplest_best(tried, self._manifest.settings)
             result = yield from self._measured(self._spec(engines, mps=True))
             tried.append(result)
             why = ""
@@ -233,7 +230,7 @@ class Search:
                 best = max(best, result, key=lambda one: one.rate)
             if why:
                 self._leave_out(engines + 1, True, None, "skipped", why)
-                return simplest_best(tried)
+                return simplest_best(tried, self._manifest.settings)
             engines += 1
 
     def _may_have_gained(self, one: Tried, base: Tried) -> bool:
@@ -280,7 +277,7 @@ class Search:
         for mps in (False, True):
             family = [one for one in self._several_tried if one.spec.mps == mps]
             keeping = [one for one in family if one.measurement and slo.meets(one.measurement, objectives)]
-            several += [simplest_best(family), simplest_best(keeping)]
+            several += [simplest_best(ok, self._manifest.settings) for ok in (family, keeping)]
         finalists = {candidate(one.spec): one for one in (self._single, *several) if one}
         unchanged = finalists.pop(last, None) is not None
         for one in finalists.values():
@@ -403,16 +400,21 @@ def _cannot_check(manifest: Manifest) -> str:
     return ""
 
 
-def simplest_best(tried: Sequence[Tried]) -> Tried | None:
-    """The simplest within 3 % of the best of these: fewest engines, then no thread percentage; None when none is ok."""
+def simplest_best(tried: Sequence[Tried], default: EngineSettings) -> Tried | None:
+    """The simplest within 3 % of the best of these; None when none is ok.
+
+    Simpler are fewer engines, then no thread percentage, then fewer changes of the `default` settings.
+    """
     ok = [one for one in tried if one.ok]
     if not ok:
         return None
     best = max(one.rate for one in ok)
-    return min(
-        (one for one in ok if one.rate * WORTH_IT >= best),
-        key=lambda one: (one.spec.engines, one.spec.thread_percentage is not None),
-    )
+
+    def complexity(one: Tried) -> tuple[int, bool, int]:
+        changes = tuning.words(one.spec.settings, default) if one.spec.settings else []
+        return one.spec.engines, one.spec.thread_percentage is not None, len(changes)
+
+    return min((one for one in ok if one.rate * WORTH_IT >= best), key=complexity)
 
 
 def percentages(manifest: Manifest, engines: int) -> list[int]:

@@ -9,20 +9,34 @@ they are not given, and nothing else; the doubled budget is tried here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec import structs
 
 from advisor.core.records import EngineSettings, Record, Workload
 
 # With the GPU idle for less than this, nothing that only spares the CPU can help.
 GPU_BUSY_IDLE_PCT = 10.0
-# With the GPU idle for more than this it waits for the CPU, and larger steps would not fill it: five times a doubled
-# budget was tried on engines idle for 60 to 70 %, and never brought 2 % (docs/measurement.md).
+# With the GPU idle for more than this it waits for the CPU, and larger steps would not fill it: three times a doubled
+# budget was tried on engines idle for 60 to 70 %, and brought +2, -12 and -20 % (docs/measurement.md).
 GPU_WAITS_IDLE_PCT = 30.0
-# An API server this far from what one process can do is not what the engine waits for. A second one is tried sooner:
-# at 0.8 it brought 3B little throughput, but the first token in 130 instead of 700 to 1,060 ms.
-API_CALM_FULLNESS, SECOND_API_FULLNESS = 0.9, 0.6
+# An API server this far from what one process can do is not what throughput waits for. The first token does sooner: at
+# 0.8 a second server brought 3B no throughput, but that token in 110 to 130 instead of 490 to 1,060 ms.
+API_CALM_FULLNESS, API_CALM_FULLNESS_FOR_TTFT = 0.9, 0.6
 STREAM_INTERVAL = 8
 API_SERVERS = 2
+
+
+class Seen(Record, frozen=True):
+    """What was seen of the engine that a change starts from. None: not seen.
+
+    `api_fullness` is that of the busiest API server; from 1 on it is the limit (see `limits`). `ttft_matters`: an
+    objective is set for it.
+    """
+
+    gpu_idle_pct: float | None = None
+    api_fullness: float | None = None
+    ttft_matters: bool = False
 
 
 class Rival(Record, frozen=True):
@@ -36,30 +50,11 @@ class Rival(Record, frozen=True):
     skipped: str = ""
 
 
-def rival(
-    number: int, base: EngineSettings, workload: Workload, gpu_idle_pct: float | None, api_fullness: float | None
-) -> Rival | None:
-    """The `number`-th of RIVALS (from 0), starting from the settings found so far; None where it changes nothing.
-
-    `gpu_idle_pct` and `api_fullness` (of the busiest API server; from 1 on it is the limit, see `limits`) are what was
-    seen of the engine with these settings; None where it was not.
-    """
-    make = _MAKERS[number]
-    found = make(base, workload)
-    if found is None:
-        return None
-    spares_front_end = make in (_api_servers, _rust, _streaming)
-    skipped = ""
-    if gpu_idle_pct is not None:
-        idle = f"the GPU is idle for {gpu_idle_pct:.0f} %"
-        if (spares_front_end or make is _async) and gpu_idle_pct < GPU_BUSY_IDLE_PCT:
-            skipped = f"{idle} only, so the CPU is not the limit"
-        elif make is _budget and gpu_idle_pct > GPU_WAITS_IDLE_PCT:
-            skipped = f"{idle}: it waits for the CPU, and larger steps would not fill it"
-    calm = SECOND_API_FULLNESS if make is _api_servers else API_CALM_FULLNESS
-    if spares_front_end and not skipped and api_fullness is not None and api_fullness < calm:
-        skipped = f"the API server is at {api_fullness * 100:.0f} % of what it can do, so it is not the limit"
-    return structs.replace(found, skipped=skipped)
+def rival(number: int, base: EngineSettings, workload: Workload, seen: Seen) -> Rival | None:
+    """The `number`-th of RIVALS (from 0), starting from the settings found so far; None where it changes nothing."""
+    change, pointless = _RIVALS[number]
+    found = change(base, workload)
+    return None if found is None else structs.replace(found, skipped=pointless(seen))
 
 
 def for_batch(base: EngineSettings, concurrency: int) -> EngineSettings:
@@ -122,8 +117,42 @@ def _budget(base: EngineSettings, workload: Workload) -> Rival | None:
     return Rival(words=f"token budget {doubled}", settings=changed)
 
 
-_MAKERS = (_batch, _api_servers, _rust, _streaming, _async, _budget)
-RIVALS = len(_MAKERS)
+def _worth_it(seen: Seen) -> str:
+    return ""
+
+
+def _cpu_is_not_the_limit(seen: Seen) -> str:
+    if seen.gpu_idle_pct is None or seen.gpu_idle_pct >= GPU_BUSY_IDLE_PCT:
+        return ""
+    return f"the GPU is idle for {seen.gpu_idle_pct:.0f} % only, so the CPU is not the limit"
+
+
+def _front_end_is_not_the_limit(seen: Seen, calm: float = API_CALM_FULLNESS) -> str:
+    if seen.api_fullness is not None and seen.api_fullness < calm:
+        return f"the API server is at {seen.api_fullness * 100:.0f} % of what it can do, so it is not the limit"
+    return _cpu_is_not_the_limit(seen)
+
+
+def _second_server_is_pointless(seen: Seen) -> str:
+    return _front_end_is_not_the_limit(seen, API_CALM_FULLNESS_FOR_TTFT if seen.ttft_matters else API_CALM_FULLNESS)
+
+
+def _gpu_waits(seen: Seen) -> str:
+    if seen.gpu_idle_pct is None or seen.gpu_idle_pct <= GPU_WAITS_IDLE_PCT:
+        return ""
+    return f"the GPU is idle for {seen.gpu_idle_pct:.0f} %: it waits for the CPU, and larger steps would not fill it"
+
+
+# Each change, and why it would be pointless after what was seen.
+_RIVALS: tuple[tuple[Callable[[EngineSettings, Workload], Rival | None], Callable[[Seen], str]], ...] = (
+    (_batch, _worth_it),
+    (_api_servers, _second_server_is_pointless),
+    (_rust, _front_end_is_not_the_limit),
+    (_streaming, _front_end_is_not_the_limit),
+    (_async, _cpu_is_not_the_limit),
+    (_budget, _gpu_waits),
+)
+RIVALS = len(_RIVALS)
 
 
 def shared_budget(settings: EngineSettings, engines: int) -> EngineSettings | None:

@@ -29,11 +29,6 @@ FAILED_SHARE_MAX = 0.001
 PREFIX_HIT_SHARE_MAX = 0.005
 TOKEN_MISMATCH_MAX = 0.05
 LOAD_BOUND_PCT = 90.0
-# The halves of a window differ by less than this in steady state, and so does the whole window from its blocks (an
-# engine that swings to a full stop once per turnover by up to 0.1); more is a level shift. Where one engine waits for
-# cores that change their speed, halves of 30 s windows were up to 0.25 apart (4 of 38 were above 0.15): rough, but the
-# blocks' interval says so.
-UNSTEADY_LOG = 0.30
 _SLACK_S = 1e-6  # times that differ by less are the same time: sums of bin widths are not exact
 COMPARED_SETTINGS = (
     "max_num_batched_tokens",
@@ -341,7 +336,7 @@ def _length_faults(
             text=f"the window holds {measured:.2f} turnovers of the requests in flight, "
             f"{protocol.measure_turnovers:g} are needed",
         )
-    yield from _steadiness(raw, window, edges, rates)
+    yield from _steadiness(raw, window, edges, rates, protocol.unsteady_log)
     first_s = min(load.bins_start_s for load in raw.loads)
     warm = tokens_between(raw.loads, first_s, start) / turnover
     if warm + slack < protocol.warmup_turnovers:
@@ -352,7 +347,7 @@ def _length_faults(
 
 
 def _steadiness(
-    raw: RawTrial, window: tuple[float, float], edges: Sequence[float], rates: Sequence[float]
+    raw: RawTrial, window: tuple[float, float], edges: Sequence[float], rates: Sequence[float], unsteady_log: float
 ) -> Iterator[Fault]:
     """A level shift: the blocks of the window's first half against those of its second, or all blocks against all of
     the window. Blocks leave out what is no whole turnover, so that only the latter shows a stall at either end.
@@ -361,14 +356,14 @@ def _steadiness(
     first, second = math.fsum(rates[:half]) / half, math.fsum(rates[-half:]) / half
     inside = tokens_between(raw.loads, edges[0], edges[-1]) / (edges[-1] - edges[0])
     whole = tokens_between(raw.loads, *window) / (window[1] - window[0])
-    if _shift(first, second) > UNSTEADY_LOG:
+    if _shift(first, second) > unsteady_log:
         change = second / first - 1 if first > 0 else math.inf
         yield Fault(
             code="unsteady",
             text=f"throughput changed by {change:+.0%} from the first half of the window's blocks to the "
             "second: this was no steady state",
         )
-    elif _shift(inside, whole) > UNSTEADY_LOG:
+    elif _shift(inside, whole) > unsteady_log:
         yield Fault(
             code="unsteady",
             text=f"throughput was {inside:.0f} tokens/s over whole turnovers, but {whole:.0f} over the whole window, "

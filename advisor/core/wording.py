@@ -125,8 +125,7 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
             f"{name(field, best_without)} with {rate(best_without):,.0f}."
         )
         if best_without.engines > 1 and best_without.gain_vs_default is not None:
-            plain = best_without.settings is None or tuning.bare(best_without.settings) == _default(field)
-            needs = f"only {'' if plain else 'tuning and '}{best_without.engines} engines"
+            needs = f"only {best_without.engines} engines{_changed(field, best_without)}"
             reasons.append(f"Of the gain over one engine, {times(best_without.gain_vs_default)} needs no MPS, {needs}.")
     elif rival is not None and best_without is not None:
         gain = rival.gain_vs_best_without_mps
@@ -138,9 +137,9 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
         )
     if field.tuned is not None and field.default is not None and field.tuned.settings and field.default.settings:
         changes = tuning.words(field.tuned.settings, field.default.settings)
-        left = choice.engines > 1 and choice.settings is not None and tuning.bare(choice.settings) == _default(field)
-        only = " for one engine; several gain nothing by it" if left else ""
-        reasons.append(f"Tuned: {', '.join(changes)}{only}." if changes else "No setting of one engine brought 3 %.")
+        reasons.append(
+            f"Tuned: {', '.join(changes)}{_for_one_only(field)}." if changes else "No setting brought 3 % beyond noise."
+        )
     base = field.tuned or field.default
     alone = next((one for one in field.all if one.ok and one.mps and one.engines == 1), None)
     if alone is not None and base is not None and (gained := field.gain(alone, base)) is not None:
@@ -148,5 +147,17 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
     return reasons
 
 
-def _default(field: Field) -> EngineSettings:
-    return tuning.bare(field.manifest.settings)
+def _changed(field: Field, one: Candidate) -> str:
+    """What sets several engines apart from as many default ones; empty where nothing does."""
+    default = field.manifest.settings
+    usual = tuning.for_share(default, default, field.outline.concurrency, one.engines)
+    return "" if one.settings is None else _with(one.settings, usual)
+
+
+def _for_one_only(field: Field) -> str:
+    """A note where two engines were tried with the tuned settings, and did no better for it."""
+    outline, default = field.outline, field.manifest.settings
+    tuned, several = (
+        tuning.for_share(base, default, outline.concurrency, 2) for base in (outline.tuned, outline.several)
+    )
+    return "" if tuned == several else " for one engine; two were not 3 % faster for it beyond noise"
