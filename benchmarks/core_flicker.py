@@ -2,9 +2,9 @@
 
     python benchmarks/core_flicker.py [--seconds 10]
 
-Run it on an idle machine. It prints, for each phase, how long the work took (percentiles, in ms of CPU time), in which
-share of the pieces at least half as long again as at best, and how long such slow stretches lasted. If a core that
-works alone is slow at times, somebody outside this machine takes part of it.
+Run it on an idle machine. It prints, for each phase, how long the work took (percentiles, in ms of CPU time), in
+which share of the pieces at least half as long again as the lower quartile, and how long such slow stretches lasted. If
+a core that works alone is slow at times, somebody outside this machine takes part of it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def together(cores: Sequence[int], seconds: float) -> list[list[float]]:
 
 def told(phase: str, series: Sequence[Sequence[float]], best_ms: float) -> str:
     every = [ms for one in series for ms in one]
+    if len(every) < 2:
+        return f"{phase}: too little time for two pieces of work"
     low, high = quantiles(every, n=10)[0], quantiles(every, n=10)[-1]
     stretches = [
         sum(ms for _, ms in run)
@@ -69,7 +71,7 @@ def main() -> None:
     phases["every second core"] = together(cores[::2], options.seconds)
     phases["all cores"] = together(cores, options.seconds)
     every = sorted(ms for series in phases.values() for one in series for ms in one)
-    best_ms = every[len(every) // 20]
+    best_ms = every[len(every) // 4] if every else 0.0  # as `contention.host_speed`
     for phase, series in phases.items():
         print(told(phase, series, best_ms))
     for core, one in zip(cores, phases["all cores"], strict=True):

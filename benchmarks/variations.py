@@ -32,6 +32,7 @@ from advisor import flow, profiling
 from advisor.core import search
 from advisor.core.estimate import half_width
 from advisor.core.records import Manifest, Report, TrialSpec
+from advisor.core.starts import same_start
 from advisor.core.tried import Tried, judge
 
 SETTINGS: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -45,7 +46,7 @@ SETTINGS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def variation(manifest: Manifest, name: str, number: int, last: TrialSpec | None = None) -> TrialSpec:
-    """The spec of a NAME, the `number`-th of all, after `last`. Raises ValueError for a word that is none of those."""
+    """The spec of a NAME, the `number`-th of all, after `last`. Raises ValueError for what cannot be done."""
     first, *words = name.split("+")
     told, base = [_split(word) for word in words], manifest.settings
     for word, amount in told:
@@ -67,11 +68,15 @@ def variation(manifest: Manifest, name: str, number: int, last: TrialSpec | None
             case "split":
                 changes["split_cores"] = True
             case "load":
-                # More load cores than usual are taken from the engine, from its end.
+                # More load cores than usual are taken from the engines, from the last one's end.
                 every = sorted({core for cores in spec.engine_cores for core in cores} | set(spec.load_cores))
-                changes["load_cores"] = every[-int(amount) :] if int(amount) > 4 else spec.load_cores[: int(amount)]
+                wanted = int(amount)
+                usual = len(spec.load_cores)
+                changes["load_cores"] = every[-wanted:] if wanted > usual else spec.load_cores[:wanted]
                 free = set(every) - set(changes["load_cores"])
                 changes["engine_cores"] = [sorted(free & set(cores)) for cores in spec.engine_cores]
+                if not all(changes["engine_cores"]):
+                    raise ValueError(f"“{name}” leaves an engine without a core")
             case "warmup":
                 protocol = msgspec.structs.replace(protocol, warmup_turnovers=float(amount))
             case "window":
@@ -80,14 +85,19 @@ def variation(manifest: Manifest, name: str, number: int, last: TrialSpec | None
                 workload = msgspec.structs.replace(workload, concurrency=int(amount))
             case "spread":
                 workload = msgspec.structs.replace(workload, osl_spread=round(workload.osl * float(amount) / 100))
-            case "again" if last is not None:
+            case "again":
+                if last is None:
+                    raise ValueError(f"“{name}” is the first: there is no start before it to be measured again")
                 # A prompt drawn once more would be found in the prefix cache.
                 workload, number = msgspec.structs.replace(workload, seed=workload.seed + 1000 + number), last.repeat
             case _ if word not in SETTINGS and word != "idle":
                 raise ValueError(f"“{word}{amount}” in “{name}” is no variation; see --help")
-    return msgspec.structs.replace(
+    told_spec = msgspec.structs.replace(
         spec, workload=workload, protocol=protocol, label=name.replace("+", "-"), repeat=number, **changes
     )
+    if last is not None and number == last.repeat and not same_start(told_spec, last):
+        raise ValueError(f"“{name}” asks for other engines than the start before it, so it cannot be measured again")
+    return told_spec
 
 
 def _split(word: str) -> tuple[str, str]:

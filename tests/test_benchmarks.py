@@ -41,6 +41,12 @@ def test_a_variation_is_what_its_name_says():
 def test_another_window_of_a_start_shares_its_engines_but_not_its_prompts():
     first = variation(MANIFEST, "1+api2", 3)
     again = variation(MANIFEST, "1+api2+spread50+again", 4, first)
+    with pytest.raises(ValueError, match="asks for other engines"):
+        variation(MANIFEST, "1+again", 5, first)
+    with pytest.raises(ValueError, match="is the first"):
+        variation(MANIFEST, "1+again", 0)
+    with pytest.raises(ValueError, match="without a core"):
+        variation(MANIFEST, "4+load8", 0)
     assert same_start(first, again) and key(first) != key(again)
     assert (again.workload.osl_spread, again.workload.seed == first.workload.seed) == (64, False)
     assert not same_start(first, variation(MANIFEST, "1+api2", 4, first))

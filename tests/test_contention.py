@@ -308,3 +308,5 @@ def test_the_speed_of_the_host_is_that_of_engine_cores_that_nothing_slows_and_ho
     two = changed(TRIAL, "core_speeds", [*speeds(0.018, 0.017), *load])
     three = changed(TRIAL, "core_speeds", [*speeds(0.036, 0.019), *load])
     assert host_speed([one, two, three, TRIAL]) == pytest.approx((0.017, 2 / 6))
+    lucky = changed(TRIAL, "core_speeds", [*speeds(0.005), *load])
+    assert host_speed([one, two, three, lucky]).core_s == 0.017

@@ -26,14 +26,14 @@ SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S = 4e4, 1e14
 FAST_TOK_PER_S, FAST_PARAMETER_TOK_PER_S = 6e5, 3e14
 
 
-# What `tuning.rival` may try, in its order.
+# What `tuning.rival` may try, in its order, after graphs up to the load.
 TUNING = (
-    "graphs up to the load, if it is beyond the default ones",
     "two API servers, if the GPU waits for the front end",
     "vLLM's Rust front end, if it still does",
     "8 tokens per streamed piece, if it still does",
     "twice the token budget, if the GPU is busy",
 )
+LARGEST_DEFAULT_GRAPH = 512  # batch size; vLLM 0.26
 
 
 class PlannedTrial(Record, frozen=True):
@@ -85,7 +85,9 @@ def total_s(plan: Sequence[PlannedTrial]) -> Span:
 def _trials(
     question: Question, model: ModelFacts, most: int, trial_s: Span, protocol: Protocol
 ) -> Iterator[PlannedTrial]:
-    curve_s = len(protocol.curve) * (protocol.warmup_min_s + protocol.curve_min_s)
+    # Under objectives two more loads are looked at where they are just missed.
+    points = len(protocol.curve) + (2 if question.slo else 0)
+    curve_s = points * (protocol.warmup_min_s + protocol.curve_min_s)
 
     def load(
         engines: int | None,
@@ -104,10 +106,14 @@ def _trials(
     first = "the default engine, which every gain is measured against"
     yield load(1, first, mps=False, certain=True, start_s=FIRST_START_S)
     if protocol.tune:
+        if question.workload.concurrency > LARGEST_DEFAULT_GRAPH or question.concurrency_auto:
+            yield load(1, "graphs up to the load", mps=False, certain=not question.concurrency_auto)
         for purpose in TUNING:
             yield load(1, purpose, mps=False)
     if question.concurrency_auto:
-        yield load(1, "the tuned engine at 32, 64, 128 … in flight, until that brings under 5 %", mps=False)
+        for at in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+            yield load(1, f"the tuned engine at {at} in flight, until that brings under 5 %", mps=False)
+        yield load(1, "the default and the tuned engine at the load that was found", mps=False, certain=True)
     if most >= 2:
         yield load(2, "what a second engine brings without MPS", mps=False, certain=True)
         yield load(2, "what MPS adds to that", mps=True, certain=True)
@@ -118,9 +124,11 @@ def _trials(
         winner = 2 if most == 2 else None
         if winner is None:
             yield load(None, "the winning number without MPS, if it is not 2", mps=False)
+        if protocol.tune:
+            yield load(winner, "the same with the settings that were not chosen, if there are two", mps=False)
         if protocol.equal_budget:
-            yield load(winner, "one engine's token budget divided among them", mps=True)
-            yield load(winner, "the same without MPS, if it made a difference", mps=False)
+            yield load(winner, "one engine's token budget divided among them", mps=False, certain=True)
+            yield load(winner, "the same under MPS", mps=True, certain=True)
         shares = _shares(question, model, winner)
         if shares:
             purpose = "are the model's matrix products right under the thread percentages"
@@ -135,7 +143,7 @@ def _trials(
         if protocol.tune:
             yield load(1, f"the tuned engine {again}{also}", mps=False, more_s=curve_s)
         if most >= 2:
-            yield load(None, f"the best without MPS {again}{also}", mps=False, more_s=curve_s)
+            yield load(None, f"the best without MPS {again}{also}", mps=False, certain=True, more_s=curve_s)
             yield load(None, f"the best under MPS {again}{also}", mps=True, certain=True, more_s=curve_s)
         yield load(1, f"the default engine {again}: does the machine drift", mps=False, certain=True)
 
