@@ -64,7 +64,7 @@ def test_a_variation_that_does_not_exist_is_refused():
         variation(MANIFEST, "1+turbo", 0)
 
 
-@pytest.mark.parametrize("name", ["variations.py", "gpm_lag.py", "core_flicker.py"])
+@pytest.mark.parametrize("name", ["variations.py", "gpm_lag.py", "core_flicker.py", "gpu_steps.py"])
 def test_a_benchmark_explains_itself(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / name), "--help"], capture_output=True, text=True, check=False

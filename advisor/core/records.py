@@ -18,7 +18,7 @@ from msgspec import Struct
 SCHEMA_VERSION = 1
 
 WorkloadKind = Literal["serve", "prefill", "decode"]
-TrialKind = Literal["load", "numerics"]
+TrialKind = Literal["load", "numerics", "steps"]
 Source = Literal["measured", "predicted", "bound", "vendor"]
 Outcome = Literal["ok", "infeasible", "oom", "crash", "timeout", "not_attached", "wrong_results", "invalid", "skipped"]
 # Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
@@ -206,11 +206,30 @@ class EngineSettings(Record, frozen=True):
 # ---------------------------------------------------------------- a trial: what is asked, what came back
 
 
+class Step(Record, frozen=True):
+    """One step of an engine: sequences that decode one token each, and sequences that read a piece of their prompt.
+
+    `decode_context` counts the tokens that a decoding sequence attends to, its new one included; `prefill_context`
+    those that were read before the piece of `prefill_tokens`.
+    """
+
+    decode: int = 0
+    decode_context: int = 0
+    prefill: int = 0
+    prefill_tokens: int = 0
+    prefill_context: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.decode + self.prefill * self.prefill_tokens
+
+
 class TrialSpec(Record, frozen=True):
     """One trial. Two specs that are equal ask for the same evidence; that is how a replay finds it.
 
     kind "load": start `engines` engines, load them, record. `thread_percentage` None means unrestricted.
     kind "numerics": run the model's matrix products under each of `percentages` and record their errors.
+    kind "steps": repeat each of `steps` on all engines at once, on the GPU alone, for `step_s`.
     `repeat` numbers deliberate repetitions of the same trial (0 is the first).
     """
 
@@ -229,6 +248,8 @@ class TrialSpec(Record, frozen=True):
     split_cores: bool = False  # the engine core gets the first of its engine's cores, everything else the others
     repeat: int = 0
     label: str = ""  # what sets it apart in file names; no part of its identity
+    steps: list[Step] = []
+    step_s: float = 0.0
 
 
 class LogHistogram(Record, frozen=True):
@@ -334,6 +355,25 @@ class RawEngine(Record, frozen=True):
     log_tail: list[str]
 
 
+class RawStep(Record, frozen=True):
+    """One of a trial's fixed steps on one engine: what was prepared there, and when how many were done.
+
+    `graphed`: all of it ran as captured graphs; else `detail` says why it was launched kernel by kernel, and Python may
+    have been the limit. `refused` says why the step could not be prepared, else it is empty. `marks` are pairs of a
+    time and the steps that the GPU had finished by then.
+    """
+
+    step: int
+    engine: int
+    tokens: int = 0
+    sequences: int = 0
+    mode: str = ""
+    graphed: bool = False
+    detail: str = ""
+    refused: str = ""
+    marks: list[tuple[float, int]] = []
+
+
 class MpsEvidence(Record, frozen=True):
     """Who was attached to which daemon, read from the control program at the window's start and end."""
 
@@ -431,6 +471,7 @@ class RawTrial(Record, frozen=True):
     strangers: list[Stranger] = []
     core_speeds: list[CoreSpeed] = []
     started: str | None = None
+    steps: list[RawStep] = []
 
 
 class Manifest(Record, frozen=True):

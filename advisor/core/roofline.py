@@ -23,30 +23,12 @@ from __future__ import annotations
 from typing import Literal
 
 from advisor.core.errors import Unfit
-from advisor.core.records import Ceilings, ModelFacts, Record, Workload
+from advisor.core.records import Ceilings, ModelFacts, Record, Step, Workload
 from advisor.core.workload import output_tokens, prompt_tokens
 
 Part = Literal["attention", "mlp", "projections", "lm_head"]
 PARTS: tuple[Part, ...] = ("attention", "mlp", "projections", "lm_head")
 ELEMENT_BYTES = 2
-
-
-class Step(Record, frozen=True):
-    """One step of an engine: sequences that decode one token each, and sequences that read a piece of their prompt.
-
-    `decode_context` counts the tokens that a decoding sequence attends to, its new one included; `prefill_context`
-    those that were read before the piece of `prefill_tokens`.
-    """
-
-    decode: int = 0
-    decode_context: int = 0
-    prefill: int = 0
-    prefill_tokens: int = 0
-    prefill_context: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.decode + self.prefill * self.prefill_tokens
 
 
 class Work(Record, frozen=True):

@@ -10,7 +10,7 @@ from advisor.core.tuning import bare
 
 
 class Tried(Record, frozen=True):
-    """`measurement` is there exactly when `outcome` is "ok"; otherwise `why` says what happened."""
+    """Of a load trial `measurement` is there exactly when `outcome` is "ok"; otherwise `why` says what happened."""
 
     spec: TrialSpec
     raw: RawTrial
@@ -36,6 +36,8 @@ def judge(raw: RawTrial) -> Tried:
         outcome: Outcome = "ok" if ended_well else _outcome_of_ending(raw)
         return Tried(spec=raw.spec, raw=raw, outcome=outcome, measurement=None, why=raw.detail, cautions=[])
     faults = validity.judge(raw)
+    if not faults and raw.spec.kind == "steps":
+        return Tried(spec=raw.spec, raw=raw, outcome="ok", measurement=None, why="", cautions=[])
     if not faults:
         measurement = measure.measure(raw)
         told = cautions.cautions(raw, measurement)
@@ -59,7 +61,8 @@ def slug(spec: TrialSpec) -> str:
     """A short name of a trial, for file names and for the report."""
     if spec.kind == "numerics":
         return "numerics"
-    parts = [f"{spec.engines}-engine" + ("s" if spec.engines > 1 else ""), "mps" if spec.mps else "no-mps"]
+    parts = ["steps"] if spec.kind == "steps" else []
+    parts += [f"{spec.engines}-engine" + ("s" if spec.engines > 1 else ""), "mps" if spec.mps else "no-mps"]
     if spec.thread_percentage is not None:
         parts.append(f"{spec.thread_percentage}pct")
     if spec.label:

@@ -64,6 +64,10 @@ def judge(raw: RawTrial) -> list[Fault]:
         return [Fault(code="damaged", text="damaged evidence: " + "; ".join(damage[:3]))]
     if raw.spec.kind == "numerics":
         return [] if raw.numerics is not None else [_no_evidence("numerics results")]
+    if raw.spec.kind == "steps":
+        if raw.window is None:
+            return [Fault(code="no_window", text="the trial completed but ran no step")]
+        return [*_mps_faults(raw), *_foreign_faults(raw), *_engine_faults(raw, raw.window)]
     workload, protocol = raw.spec.workload, raw.spec.protocol
     if workload is None or protocol is None or raw.spec.engines < 1:
         return [Fault(code="damaged", text="damaged evidence: a load trial needs engines, a workload and a protocol")]

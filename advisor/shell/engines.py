@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,6 +298,36 @@ class Engines:
                     self.check()
                     detail = f"engine {engine.index} gave no log-probabilities for a fixed prompt: {error!r}"
                     raise EngineFailed("crash", engine.index, self._clean(detail)) from None
+
+    def call(self, method: str, arguments: Mapping[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+        """What the worker extension of each engine answers to a call of `method`, all called at once.
+
+        Raises EngineFailed for an engine that does not answer, or answers with an error.
+        """
+        body = {"method": method, "kwargs": dict(arguments), "timeout": timeout_s}
+
+        def ask(engine: _Engine) -> dict[str, Any]:
+            status, answer = engine.request("POST", "/collective_rpc", body, timeout_s + 5.0)
+            if status != 200:
+                raise ValueError(f"HTTP {status}: {answer[:200].decode(errors='replace')}")
+            found = json.loads(answer)["results"][0]
+            if not isinstance(found, dict):
+                raise ValueError(f"{found!r:.200} is no answer")
+            return found
+
+        with ThreadPoolExecutor(len(self._engines)) as pool:
+            asked = [(engine, pool.submit(ask, engine)) for engine in self._engines]
+        found = []
+        for engine, answer in asked:
+            try:
+                found.append(answer.result())
+            except TimeoutError:
+                detail = f"engine {engine.index} did not finish {method} within {timeout_s:.0f} s"
+                raise EngineFailed("timeout", engine.index, detail) from None
+            except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+                self.check()
+                raise EngineFailed("crash", engine.index, self._clean(f"{method}: {error!r}")) from None
+        return found
 
     def close_window(self) -> list[RawEngine]:
         """What is known of every engine, for the record; counters and log lines from now on are the next window's."""

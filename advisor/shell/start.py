@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -57,7 +59,7 @@ class Start:
 
     def __init__(self, place: Place, nvml: Nvml, spec: TrialSpec) -> None:
         if spec.settings is None or spec.workload is None or spec.protocol is None:
-            raise ValueError("a load trial needs settings, workload and protocol")
+            raise ValueError("a trial with engines needs settings, workload and protocol")
         self.spec = spec
         self.place, self.nvml = place, nvml
         self._settings: EngineSettings = spec.settings
@@ -112,6 +114,15 @@ class Start:
         argv = [*self.place.vllm_command, "serve", str(self.place.model_folder)]
         argv += ["--served-model-name", SERVED_NAME]
         argv += serve_arguments(self._settings, self._workload.kind)
+        inside = {}
+        if self.spec.kind == "steps":
+            # In a folder of its own: vLLM's environment must find this file and nothing else of ours.
+            folder = self.directory / "inside"
+            folder.mkdir()
+            shutil.copy(Path(__file__).with_name("inside.py"), folder / "mps_advisor_inside.py")
+            argv += ["--worker-extension-cls", "mps_advisor_inside.FixedSteps"]
+            paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+            inside = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_SERVER_DEV_MODE": "1"}
         return [
             Launch(
                 argv=argv,
@@ -119,6 +130,7 @@ class Start:
                     {
                         **mps_environment,
                         **serve_environment(self._settings),
+                        **inside,
                         "CUDA_VISIBLE_DEVICES": self._uuid,
                         "MPS_ADVISOR_ENGINE": str(index),
                     }

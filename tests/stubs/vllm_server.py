@@ -36,6 +36,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import importlib.machinery
 import json
 import os
 import random
@@ -607,7 +608,38 @@ class Server:
                 return await self.answer(writer, method, path, 200, json.dumps(body).encode())
             case "POST", "/v1/completions":
                 return await self.complete(writer, method, path, json.loads(data))
+            case "POST", "/collective_rpc" if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
+                try:
+                    found = await self.extension(json.loads(data))
+                except Exception as error:
+                    return await self.answer(writer, method, path, 500, repr(error).encode())
+                return await self.answer(writer, method, path, 200, json.dumps({"results": [found]}).encode())
         return await self.answer(writer, method, path, 404, b'{"detail":"Not Found"}')
+
+    async def extension(self, body):
+        """A call of the worker extension: of the class that was named, found where the engine would look for it."""
+        module, _, name = self.config.flags["worker_extension_cls"].partition(".")
+        folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        source = next(Path(folder) / f"{module}.py" for folder in folders if (Path(folder) / f"{module}.py").exists())
+        extension = getattr(importlib.machinery.SourceFileLoader(module, str(source)).load_module(), name)
+        if not callable(getattr(extension, body["method"], None)):
+            raise AttributeError(body["method"])
+        asked, rates = body["kwargs"], self.config.faults.get("steps", {})
+        if "fails" in rates:
+            raise RuntimeError(rates["fails"])
+        match body["method"]:
+            case "advisor_prepare":
+                tokens = asked.get("decode", 0) + asked.get("prefill", 0) * asked.get("prefill_tokens", 0)
+                if tokens > self.config.budget:
+                    return {"refused": f"{tokens} tokens are more than the budget {self.config.budget}"}
+                self.step_s = rates.get("ms_per_token", 0.1) * tokens / 1000
+                sequences = asked.get("decode", 0) + asked.get("prefill", 0)
+                return {"tokens": tokens, "sequences": sequences, "mode": "FULL", "graphed": True, "why": ""}
+            case "advisor_run":
+                await asyncio.sleep(max(0.0, asked["start_s"] + asked["seconds"] - time.monotonic()))
+                count = int(asked["seconds"] / self.step_s)
+                return {"marks": [[asked["start_s"] + number * self.step_s, number] for number in range(count + 1)]}
+        return {}
 
     async def answer(self, writer, method, path, status, body, content="application/json"):
         self.log_access(writer, method, path, status)

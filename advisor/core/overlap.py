@@ -1,0 +1,75 @@
+"""How much the kernels of several engines overlap: fixed steps on all engines at once against one engine alone. Pure.
+
+gain of N engines = overlap × host. The overlap is what the GPU alone gives, measured by steps that never wait for
+Python; what a gain under load has beyond that is the host's.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+from advisor.core.intervals import LogMean, log_ratio, mean_of_logs, value_of
+from advisor.core.records import RawTrial, Record, Value
+
+BLOCKS = 8
+FEWEST_MARKS = 4
+
+
+class StepRate(Record, frozen=True):
+    """One fixed step on all engines of a trial: tokens per second together, and the mean time of a step in ms.
+
+    `graphed`: the GPU never waited for Python.
+    """
+
+    engines: int
+    tok_per_s: Value
+    step_ms: float
+    graphed: bool
+    mean: LogMean
+
+
+def step_rate(raw: RawTrial, step: int) -> StepRate | str:
+    """What the `step`-th of a trial's steps gave while all engines were at it; a text says why there is no rate."""
+    rows = [row for row in raw.steps if row.step == step]
+    if len(rows) != raw.spec.engines:
+        return f"{len(rows)} of {raw.spec.engines} engines ran it"
+    if refused := next((row.refused for row in rows if row.refused), ""):
+        return refused
+    if any(len(row.marks) < FEWEST_MARKS for row in rows):
+        return "it was not repeated often enough"
+    low = max(row.marks[1][0] for row in rows)
+    high = min(row.marks[-1][0] for row in rows)
+    if high <= low:
+        return "the engines did not run it at the same time"
+    edges = [low + (high - low) * index / BLOCKS for index in range(BLOCKS + 1)]
+    done = [[_done(row.marks, edge) for edge in edges] for row in rows]
+    seconds = (high - low) / BLOCKS
+    blocks = [
+        sum(row.tokens * (after - before) for row, (before, after) in zip(rows, spans, strict=True)) / seconds
+        for spans in zip(*(pairwise(counts) for counts in done), strict=True)
+    ]
+    if min(blocks) <= 0:
+        return "an engine stood still"
+    mean = mean_of_logs(blocks)
+    steps = sum(counts[-1] - counts[0] for counts in done)
+    return StepRate(
+        engines=len(rows),
+        tok_per_s=value_of(*mean),
+        step_ms=(high - low) * len(rows) / steps * 1000,
+        graphed=all(row.graphed for row in rows),
+        mean=mean,
+    )
+
+
+def overlap(several: StepRate, one: StepRate) -> Value:
+    """How many times one engine's tokens per second several engines reach together, with its 90 % interval."""
+    return value_of(*log_ratio(several.mean, one.mean))
+
+
+def _done(marks: Sequence[tuple[float, int]], at: float) -> float:
+    """Steps done at a time within the marks, between two of them in proportion."""
+    index = min(max(bisect_right(marks, at, key=lambda mark: mark[0]), 1), len(marks) - 1)
+    (left, before), (right, after) = marks[index - 1], marks[index]
+    return before + (after - before) * (at - left) / (right - left)

@@ -1,0 +1,230 @@
+"""What runs inside vLLM's engine core: one fixed step, again and again, with no scheduler, front end or request.
+
+`--worker-extension-cls` names `FixedSteps` from a copy of this file in a folder of its own (see `start`): the engine
+may live in another environment, so nothing of this package is imported. Its methods are called through vLLM's
+`collective_rpc`; each takes and returns plain JSON values. Written against vLLM 0.26, model runner V2.
+
+A step's inputs are prepared once, the way vLLM prepares them. What is repeated is the model, the output head for the
+last token of each sequence, and the choice of the likeliest token: for decode vLLM's own captured graph, for prompts a
+graph captured here, so that the GPU never waits for Python. Where such a graph cannot be captured the step is launched
+kernel by kernel, and says so (`graphed`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Steps are queued in batches of about this long, one batch ahead of the GPU.
+_BATCH_S = 0.05
+_PREFIX = "mps-advisor-"
+
+
+class FixedSteps:
+    """Mixed into vLLM's worker, whose `model_runner` it uses. Attribute names must not collide with the worker's."""
+
+    model_runner: Any
+    _advisor_step: Callable[[], None] | None = None
+    _advisor_requests: tuple[str, ...] = ()
+    _advisor_filled = False
+
+    def advisor_prepare(
+        self, decode: int = 0, decode_context: int = 0, prefill: int = 0, prefill_tokens: int = 0, seed: int = 0
+    ) -> dict[str, Any]:
+        """Get a step ready: `decode` sequences that attend to `decode_context` tokens, `prefill` prompts of
+        `prefill_tokens` each. Returns what will be repeated, or why it cannot be (`refused`).
+        """
+        import torch
+
+        self.advisor_forget()
+        runner = self.model_runner
+        with torch.inference_mode():
+            output = self._advisor_scheduled(decode, decode_context, prefill, prefill_tokens, seed)
+            if isinstance(output, str):
+                return {"refused": output}
+            if not self._advisor_filled:
+                # Zeros would be multiplied faster than what a real cache holds.
+                generator = torch.Generator(runner.kv_caches[0].device)
+                generator.manual_seed(seed)
+                for cache in runner.kv_caches:
+                    if cache.dtype in (torch.bfloat16, torch.float16):
+                        cache.normal_(generator=generator)
+                self._advisor_filled = True
+            runner.kv_connector.set_disabled(True)
+            try:
+                runner.execute_model(output)
+                state, runner.execute_model_state = runner.execute_model_state, None
+                step, mode, graphed, why = self._advisor_closure(output, state)
+            finally:
+                runner.kv_connector.set_disabled(False)
+            self._advisor_step = step
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+        tokens = int(output.total_num_scheduled_tokens)
+        return {"tokens": tokens, "sequences": decode + prefill, "mode": mode, "graphed": graphed, "why": why}
+
+    def advisor_run(self, start_s: float, seconds: float) -> dict[str, Any]:
+        """Repeat the prepared step from `start_s` (CLOCK_MONOTONIC, which all processes of a machine share) on.
+
+        Returns `marks`: pairs of a time and the number of steps that the GPU had finished by then, ascending.
+        """
+        import torch
+
+        step = self._advisor_step
+        if step is None:
+            return {"refused": "no step is prepared"}
+        with torch.inference_mode():
+            begin = time.monotonic()
+            for _ in range(5):
+                step()
+            torch.cuda.synchronize()
+            each = max(1, round(_BATCH_S / max((time.monotonic() - begin) / 5, 1e-6)))
+            while time.monotonic() < start_s:
+                time.sleep(min(0.001, max(0.0, start_s - time.monotonic())))
+            marks, done, queued = [[time.monotonic(), 0]], 0, []
+            while marks[-1][0] < start_s + seconds:
+                for _ in range(each):
+                    step()
+                event = torch.cuda.Event()
+                event.record()
+                queued.append(event)
+                if len(queued) > 1:
+                    queued.pop(0).synchronize()
+                    done += each
+                    marks.append([time.monotonic(), done])
+            torch.cuda.synchronize()
+        return {"marks": marks}
+
+    def advisor_forget(self) -> dict[str, Any]:
+        """Give up the prepared step and its KV blocks."""
+        from vllm.v1.core.sched.output import SchedulerOutput
+
+        self._advisor_step = None
+        if self._advisor_requests:
+            output = SchedulerOutput.make_empty()
+            output.finished_req_ids = set(self._advisor_requests)
+            self._advisor_requests = ()
+            self.model_runner.execute_model(output)
+        return {}
+
+    # -- preparation
+
+    def _advisor_scheduled(self, decode: int, decode_context: int, prefill: int, prefill_tokens: int, seed: int) -> Any:  # noqa: ANN401 (vLLM's SchedulerOutput, or a text)
+        """vLLM's order for one step of fresh sequences, whose earlier tokens count as computed; or why it cannot be."""
+        import random
+
+        from vllm import SamplingParams
+        from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+        runner = self.model_runner
+        lengths = [(decode_context, 1)] * decode + [(prefill_tokens, prefill_tokens)] * prefill
+        if not lengths:
+            return "a step needs at least one sequence"
+        if len(lengths) > runner.max_num_reqs:
+            return f"{len(lengths)} sequences are more than max_num_seqs {runner.max_num_reqs}"
+        scheduled = sum(new for _, new in lengths)
+        if scheduled > runner.scheduler_config.max_num_batched_tokens:
+            return f"{scheduled} tokens are more than the budget {runner.scheduler_config.max_num_batched_tokens}"
+        groups = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
+        needed = sum(-(-length // size) for length, _ in lengths for size in groups)
+        if needed >= runner.kv_cache_config.num_blocks:
+            return f"{needed} KV blocks are needed, the cache holds {runner.kv_cache_config.num_blocks - 1}"
+        words, next_block = random.Random(seed), 1
+        vocabulary = runner.model_config.get_vocab_size()
+        sampling = SamplingParams(max_tokens=2, temperature=0.0)
+        output = SchedulerOutput.make_empty()
+        for number, (length, new) in enumerate(lengths):
+            blocks = []
+            for size in groups:
+                count = -(-length // size)
+                blocks.append(list(range(next_block, next_block + count)))
+                next_block += count
+            tokens = [words.randrange(vocabulary) for _ in range(length)]
+            request = NewRequestData(
+                req_id=f"{_PREFIX}{number}",
+                prompt_token_ids=tokens,
+                mm_features=[],
+                sampling_params=sampling,
+                pooling_params=None,
+                block_ids=tuple(blocks),
+                num_computed_tokens=length - new,
+                lora_request=None,
+                prefill_token_ids=tokens,
+            )
+            output.scheduled_new_reqs.append(request)
+            output.num_scheduled_tokens[request.req_id] = new
+        output.total_num_scheduled_tokens = scheduled
+        output.num_common_prefix_blocks = [0] * len(groups)
+        self._advisor_requests = tuple(output.num_scheduled_tokens)
+        return output
+
+    def _advisor_closure(self, output: Any, state: Any) -> tuple[Callable[[], None], str, bool, str]:  # noqa: ANN401
+        """The step as something to call, vLLM's mode for it, whether it is all graphs, and why not."""
+        from vllm.config import CUDAGraphMode
+        from vllm.forward_context import BatchDescriptor, set_forward_context
+        from vllm.v1.worker.gpu.cudagraph_utils import get_uniform_token_count
+
+        runner, batch = self.model_runner, state.input_batch
+        counts = output.num_scheduled_tokens.values()
+        uniform = get_uniform_token_count(len(counts), sum(counts), max(counts))
+        found = runner.cudagraph_manager.dispatch(len(counts), sum(counts), uniform, num_active_loras=0)
+        rows = batch.logits_indices
+
+        def head(hidden: Any) -> None:  # noqa: ANN401 (a tensor)
+            runner.model.compute_logits(hidden[rows]).argmax(dim=-1)
+
+        if found.cg_mode == CUDAGraphMode.FULL:
+            hidden = runner.cudagraph_manager.run_fullgraph(found)
+            last, why = _captured(lambda: head(hidden))
+
+            def decode_step() -> None:
+                runner.cudagraph_manager.run_fullgraph(found)
+                last()
+
+            return decode_step, found.cg_mode.name, not why, why
+
+        inputs = {
+            "input_ids": batch.input_ids,
+            "positions": batch.positions,
+            "inputs_embeds": None,
+            "intermediate_tensors": None,
+            **runner.model_state.prepare_inputs(batch, runner.req_states),
+        }
+
+        def prompt_step() -> None:
+            with set_forward_context(
+                state.attn_metadata,
+                runner.vllm_config,
+                num_tokens=batch.num_tokens_after_padding,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                batch_descriptor=BatchDescriptor(num_tokens=batch.num_tokens_after_padding),
+                slot_mapping=state.slot_mappings_by_layer,
+                is_padding=batch.is_padding,
+            ):
+                head(runner.model(**inputs))
+
+        step, why = _captured(prompt_step)
+        return step, found.cg_mode.name, not why, why
+
+
+def _captured(work: Callable[[], None]) -> tuple[Callable[[], None], str]:
+    """`work` as a replay of a graph of its own; or itself, and why it could not be captured."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except Exception as error:  # whatever a kernel's library raises: the step can still be launched
+        torch.cuda.synchronize()
+        return work, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    return graph.replay, ""

@@ -1,0 +1,81 @@
+"""The GPU's work alone: fixed decode and prefill steps on 1, 2, 4 … engines at once, with and without MPS.
+
+    python benchmarks/gpu_steps.py --model Qwen/Qwen2.5-0.5B --out DIR [--gpu N] [--ctx 1024] [--batch 256] 1 2 2m 4m
+
+A NAME is a number of engines, `m` for MPS; the first one is what the others are compared with. Decode shares the batch
+among the engines; of prompts each engine reads a full token budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from advisor import flow, profiling
+from advisor.core import search
+from advisor.core.overlap import StepRate, overlap, step_rate
+from advisor.core.records import Manifest, Report, Step, TrialSpec
+from advisor.core.tried import judge
+from advisor.core.wording import times
+
+
+def steps_spec(manifest: Manifest, name: str, batch: int, contexts: list[int], seconds: float) -> TrialSpec:
+    """The spec of a NAME: decode of the whole batch at each context, then full prefill steps of each."""
+    engines = int(name.rstrip("m"))
+    spec = search.load_spec(manifest, engines, mps=name.endswith("m"))
+    budget = manifest.settings.max_num_batched_tokens
+    steps = [Step(decode=batch // engines, decode_context=context) for context in contexts]
+    steps += [Step(prefill=max(1, budget // context), prefill_tokens=min(context, budget)) for context in contexts]
+    return msgspec.structs.replace(spec, kind="steps", steps=steps, step_s=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--ctx", type=int, nargs="+", default=[1024])
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--gpu")
+    parser.add_argument("--vllm")
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    options = parser.parse_args()
+
+    def story(manifest: Manifest, runner: flow.Runner, **rest: object) -> Report:
+        first: dict[int, StepRate] = {}
+        for name in options.names:
+            spec = steps_spec(manifest, name, options.batch, options.ctx, options.seconds)
+            one = judge(runner.run(spec))
+            if not one.ok:
+                print(f"{name}: {one.outcome} ({one.why})", flush=True)
+                continue
+            for index, step in enumerate(spec.steps):
+                what = f"decode at {step.decode_context}" if step.decode else f"prefill of {step.prefill_tokens}"
+                seen = step_rate(one.raw, index)
+                if isinstance(seen, str):
+                    print(f"{name}, {what}: {seen}", flush=True)
+                    continue
+                base = first.setdefault(index, seen)
+                graphs = "" if seen.graphed else f", launched: {one.raw.steps[0].detail}"
+                print(
+                    f"{name}, {what}: {seen.tok_per_s.value:,.0f} tokens/s, {seen.step_ms:.2f} ms a step, "
+                    f"{times(overlap(seen, base))}{graphs}",
+                    flush=True,
+                )
+        raise SystemExit(0)
+
+    flow.profile = story
+    asked = profiling.Asked(
+        model=options.model, ctx=(max(options.ctx), None), osl=(128, None), workload="serve",
+        concurrency=options.batch, max_engines=8, thread_percentages="none", min_gain=None, slo=None,
+        dtype="auto", quantization=None, kv_cache_dtype="auto", gpu=options.gpu, weights="auto", out=options.out,
+        resume=False, vllm=options.vllm,
+    )  # fmt: skip
+    profiling.live(asked, Console(stderr=True, highlight=False))
+
+
+if __name__ == "__main__":
+    main()

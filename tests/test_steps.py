@@ -1,0 +1,155 @@
+"""Fixed steps on real child processes, and what their marks say."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+
+import msgspec
+import pytest
+import raw as made
+from hypothesis import given
+from hypothesis import strategies as st
+from sites import assert_nothing_left, codes, live
+
+from advisor.core.overlap import overlap, step_rate
+from advisor.core.records import RawStep, Step
+from advisor.core.tried import judge, slug
+from advisor.shell import inside
+from advisor.shell.start import Start
+
+DECODE, PREFILL = Step(decode=8, decode_context=100), Step(prefill=2, prefill_tokens=50)
+
+
+def asked(site, engines: int, *steps: Step, mps: bool = True, seconds: float = 0.5):
+    return msgspec.structs.replace(site.spec(engines, mps=mps), kind="steps", steps=list(steps), step_s=seconds)
+
+
+def test_every_engine_runs_every_step_and_all_begin_together(site):
+    site.bench.engine_faults({"all": {"steps": {"ms_per_token": 1.0}}})
+    runner, folder = live(site)
+    with runner:
+        runner.run(asked(site, 2, DECODE, PREFILL))
+    (raw,) = folder.trials()
+    assert (raw.ended, codes(raw), judge(raw).outcome) == ("completed", [], "ok")
+    assert [(row.step, row.engine, row.tokens, row.sequences) for row in raw.steps] == [
+        (0, 0, 8, 8), (0, 1, 8, 8), (1, 0, 100, 2), (1, 1, 100, 2),
+    ]  # fmt: skip
+    starts = [row.marks[0][0] for row in raw.steps]
+    assert starts[0] == starts[1] < starts[2] == starts[3]
+    assert slug(raw.spec) == "steps-2-engines-mps"
+    assert sorted(raw.mps.clients_start) == sorted(engine.engine_core_pid for engine in raw.engines)
+    # 1 ms a token and engine: 2 x 1000 tokens/s.
+    assert step_rate(raw, 0).tok_per_s.value == pytest.approx(2000, rel=0.01)
+    assert_nothing_left(raw)
+
+
+def test_a_step_that_does_not_fit_is_refused_and_the_others_are_run(site):
+    site.bench.engine_faults({"all": {"steps": {"ms_per_token": 1.0}}})
+    runner, folder = live(site)
+    with runner:
+        runner.run(asked(site, 1, Step(prefill=1, prefill_tokens=5000), DECODE, mps=False))
+    (raw,) = folder.trials()
+    assert "more than the budget" in step_rate(raw, 0)
+    assert step_rate(raw, 1).step_ms == pytest.approx(8.0, rel=0.01)
+
+
+def test_an_extension_that_fails_ends_the_trial_with_its_error(site):
+    site.bench.engine_faults({"1": {"steps": {"fails": "no attribute cudagraph_manager"}}})
+    runner, folder = live(site)
+    with runner:
+        runner.run(asked(site, 2, DECODE))
+    (raw,) = folder.trials()
+    assert raw.ended == "crash" and "no attribute cudagraph_manager" in raw.detail
+    assert judge(raw).outcome == "crash"
+    assert_nothing_left(raw)
+
+
+def test_the_development_endpoint_is_open_for_such_trials_only(site):
+    def launched(spec):
+        (launch,) = Start(site.place, site.nvml, spec)._launches({})
+        return "--worker-extension-cls" in launch.argv, launch.environment.get("VLLM_SERVER_DEV_MODE")
+
+    assert launched(site.spec(1, mps=False)) == (False, None)
+    assert launched(asked(site, 1, DECODE, mps=False)) == (True, "1")
+
+
+def test_what_runs_inside_vllm_needs_nothing_of_ours():
+    tree = ast.parse(inspect.getsource(inside))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    assert imported <= {"__future__", "collections", "random", "time", "typing", "torch", "vllm"}
+
+
+# ---------------------------------------------------------------- rates
+
+
+def trial(*marks: list[tuple[float, int]], tokens: int = 10, **row):
+
+    rows = [
+        RawStep(step=0, engine=number, tokens=tokens, graphed=True, marks=one, **row)
+        for number, one in enumerate(marks)
+    ]
+    base = made.trial(len(marks))
+    return msgspec.structs.replace(base, spec=msgspec.structs.replace(base.spec, kind="steps"), steps=rows)
+
+
+def even(rate: float, start: float = 0.0, seconds: float = 4.0, every: int = 5) -> list[tuple[float, int]]:
+    return [(start + number * every / rate, number * every) for number in range(int(seconds * rate / every) + 1)]
+
+
+@given(st.lists(st.floats(20.0, 500.0), min_size=1, max_size=4), st.floats(0.0, 1.0))
+def test_the_rates_of_engines_add_up_over_the_time_that_they_share(rates, late):
+    marks = [even(rate, start=late if number else 0.0) for number, rate in enumerate(rates)]
+    found = step_rate(trial(*marks), 0)
+    assert found.tok_per_s.value == pytest.approx(10 * sum(rates), rel=1e-6)
+    assert found.step_ms == pytest.approx(1000 * len(rates) / sum(rates), rel=1e-6)
+
+
+def test_two_engines_that_take_turns_overlap_nothing_and_two_that_do_not_double():
+    alone = step_rate(trial(even(100.0)), 0)
+    assert overlap(step_rate(trial(even(50.0), even(50.0)), 0), alone).value == pytest.approx(1.0)
+    assert overlap(step_rate(trial(even(100.0), even(100.0)), 0), alone).value == pytest.approx(2.0)
+
+
+def test_steps_that_swing_give_a_wide_interval():
+    def swinging():
+        at = 0.0
+        for number in itertools.count():
+            yield at, 5 * number
+            at += 0.05 if at % 1.0 < 0.5 else 0.15
+
+    rough = step_rate(trial(list(itertools.islice(swinging(), 40))), 0).tok_per_s
+    calm = step_rate(trial(even(50.0)), 0).tok_per_s
+    assert rough.high / rough.low > 1.1 > 1.001 > calm.high / calm.low
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (trial(even(50.0), even(50.0, start=100.0)), "at the same time"),
+        (trial([(0.0, 0), (1.0, 5)]), "often enough"),
+        (trial([(float(n), 0) for n in range(9)]), "stood still"),
+        (trial(even(50.0), refused="no room"), "no room"),
+    ],
+)
+def test_what_gives_no_rate_says_why(broken, why):
+    assert why in step_rate(broken, 0)
+
+
+def test_a_step_that_an_engine_did_not_run_gives_no_rate():
+    two = trial(even(50.0), even(50.0))
+    assert "1 of 2 engines" in step_rate(msgspec.structs.replace(two, steps=two.steps[:1]), 0)
+
+
+def test_a_step_that_was_launched_by_python_says_so():
+    rows = trial(even(50.0))
+    launched = msgspec.structs.replace(rows, steps=[msgspec.structs.replace(rows.steps[0], graphed=False)])
+    assert step_rate(rows, 0).graphed and not step_rate(launched, 0).graphed
