@@ -127,14 +127,18 @@ def _cpu_is_not_the_limit(seen: Seen) -> str:
     return f"the GPU is idle for {seen.gpu_idle_pct:.0f} % only, so the CPU is not the limit"
 
 
-def _front_end_is_not_the_limit(seen: Seen, calm: float = API_CALM_FULLNESS) -> str:
-    if seen.api_fullness is not None and seen.api_fullness < calm:
+def _calmer_than(fullness: float, seen: Seen) -> str:
+    if seen.api_fullness is not None and seen.api_fullness < fullness:
         return f"the API server is at {seen.api_fullness * 100:.0f} % of what it can do, so it is not the limit"
     return _cpu_is_not_the_limit(seen)
 
 
+def _front_end_is_not_the_limit(seen: Seen) -> str:
+    return _calmer_than(API_CALM_FULLNESS, seen)
+
+
 def _second_server_is_pointless(seen: Seen) -> str:
-    return _front_end_is_not_the_limit(seen, API_CALM_FULLNESS_FOR_TTFT if seen.ttft_matters else API_CALM_FULLNESS)
+    return _calmer_than(API_CALM_FULLNESS_FOR_TTFT if seen.ttft_matters else API_CALM_FULLNESS, seen)
 
 
 def _gpu_waits(seen: Seen) -> str:

@@ -23,7 +23,7 @@ def protocol() -> Protocol:
     if "ADVISE_FULL" in os.environ:
         full = {"tune": True, "starts": 2, "equal_budget": True, "curve": [0.25, 0.5], "precision": 0.01}
         # Stand-ins for API servers use little CPU, and would not be taken for the limit.
-        advisor.core.tuning.API_CALM_FULLNESS = advisor.core.tuning.SECOND_API_FULLNESS = 0.0
+        advisor.core.tuning.API_CALM_FULLNESS = 0.0
     return Protocol(
         **full,
         curve_min_s=0.8,
