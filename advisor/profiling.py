@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from advisor import __version__, flow
-from advisor.core import cores, memory, search, settings, slo
+from advisor.core import cores, memory, settings, slo, specs
 from advisor.core import plan as planning
 from advisor.core.errors import BadQuestion, NoHonestAnswer, NotRecorded, Unfit
 from advisor.core.model import check_context, facts
@@ -218,7 +218,7 @@ def plan(asked: Asked, *, as_json: bool) -> str:
     most_by_cores = cores.most_engines(host.cores)
     sums, most_by_memory = [assumed] if assumed else [], 0
     for engines in range(1, max(1, min(question.max_engines, most_by_cores)) + 1):
-        planned = search.memory_plan(manifest, engines)
+        planned = specs.memory_plan(manifest, engines)
         sums.append(memory.explain(planned))
         if planned.kv_bytes is None:
             break

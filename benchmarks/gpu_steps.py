@@ -15,7 +15,7 @@ import msgspec
 from rich.console import Console
 
 from advisor import flow, profiling
-from advisor.core import search
+from advisor.core import specs
 from advisor.core.overlap import StepRate, overlap, step_rate
 from advisor.core.records import Manifest, Report, Step, TrialSpec
 from advisor.core.tried import judge
@@ -25,7 +25,7 @@ from advisor.core.wording import times
 def steps_spec(manifest: Manifest, name: str, batch: int, contexts: list[int], seconds: float) -> TrialSpec:
     """The spec of a NAME: decode of the whole batch at each context, then full prefill steps of each."""
     engines = int(name.rstrip("m"))
-    spec = search.load_spec(manifest, engines, mps=name.endswith("m"))
+    spec = specs.load_spec(manifest, engines, mps=name.endswith("m"))
     budget = manifest.settings.max_num_batched_tokens
     steps = [Step(decode=batch // engines, decode_context=context) for context in contexts]
     steps += [Step(prefill=max(1, budget // context), prefill_tokens=min(context, budget)) for context in contexts]

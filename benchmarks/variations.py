@@ -29,7 +29,7 @@ import msgspec
 from rich.console import Console
 
 from advisor import flow, profiling
-from advisor.core import search
+from advisor.core import specs
 from advisor.core.estimate import half_width
 from advisor.core.records import Manifest, Report, TrialSpec
 from advisor.core.starts import same_start
@@ -53,7 +53,7 @@ def variation(manifest: Manifest, name: str, number: int, last: TrialSpec | None
         if word in SETTINGS:
             base = msgspec.structs.replace(base, **SETTINGS[word](amount))
     engines, idle = int(first.rstrip("m")), sum(int(amount) for word, amount in told if word == "idle")
-    spec = search.load_spec(manifest, engines + idle, mps=first.endswith("m"), base=base)
+    spec = specs.load_spec(manifest, engines + idle, mps=first.endswith("m"), base=base)
     spec = msgspec.structs.replace(spec, engines=engines, idle_engines=idle)
     assert spec.workload is not None and spec.protocol is not None
     workload, protocol = spec.workload, spec.protocol

@@ -16,7 +16,7 @@ import pytest
 from conftest import TINY, Bench
 from stubs import advise
 
-from advisor.core import search, validity
+from advisor.core import specs, validity
 from advisor.core.model import facts
 from advisor.core.records import (
     SCHEMA_VERSION,
@@ -68,7 +68,7 @@ class Site:
     nvml: Nvml
 
     def spec(self, engines: int, *, mps: bool = True, **protocol: float):
-        spec = search.load_spec(self.place.manifest, engines, mps=mps)
+        spec = specs.load_spec(self.place.manifest, engines, mps=mps)
         assert spec.protocol is not None
         return msgspec.structs.replace(spec, protocol=msgspec.structs.replace(spec.protocol, **protocol))
 

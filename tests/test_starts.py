@@ -10,7 +10,7 @@ import psutil
 import pytest
 from sites import assert_nothing_left, codes, engine_cores, live
 
-from advisor.core import search
+from advisor.core import specs
 from advisor.core.errors import Unfit
 from advisor.core.starts import same_start
 from advisor.shell import engines
@@ -179,7 +179,7 @@ def test_numerics_ends_the_engines_first(site):
     runner, folder = live(site, say)
     with runner:
         runner.run(site.spec(1))
-        runner.run(search.numerics_spec(site.place.manifest, [50], site.place.manifest.settings))
+        runner.run(specs.numerics_spec(site.place.manifest, [50], site.place.manifest.settings))
         runner.run(at_load(site.spec(1), 4))
     first, check, second = folder.trials()
 

@@ -11,12 +11,11 @@ from collections.abc import Generator, Sequence
 
 import msgspec
 
-from advisor.core import cores, limits, memory, numerics, settings, slo, tuning
+from advisor.core import cores, limits, memory, numerics, slo, specs, tuning
 from advisor.core.contenders import judge_logprobs
 from advisor.core.estimate import ratio_of_windows
 from advisor.core.records import ACCIDENTS, EngineSettings, Manifest, Outcome, Record, TrialSpec
 from advisor.core.tried import Tried, candidate, key
-from advisor.core.workload import as_served
 
 # Another engine, or another setting, has to add this much to be worth it.
 WORTH_IT = 1.03
@@ -149,14 +148,14 @@ class Search:
         while load <= MOST_LOAD:
             base = tuning.for_batch(self._tuned, load)
             # The memory for the largest of these loads, so that a larger one needs no other engine.
-            roomy = _asking(asked, max(load, LOADS_OF_ONE_START))
-            if memory_plan(roomy, 1, base).kv_bytes is None:
+            roomy = specs.asking(asked, max(load, LOADS_OF_ONE_START))
+            if specs.memory_plan(roomy, 1, base).kv_bytes is None:
                 break
-            spec = load_spec(roomy, 1, mps=False, base=base)
-            result = yield from self._measured(_at_load(spec, load))
+            spec = specs.load_spec(roomy, 1, mps=False, base=base)
+            result = yield from self._measured(specs.at_load(spec, load))
             if not result.ok or result.rate < STILL_GROWS * best:
                 break
-            best, self._tuned, self._manifest = result.rate, base, _asking(asked, load)
+            best, self._tuned, self._manifest = result.rate, base, specs.asking(asked, load)
             load *= 2
 
     def _several(self, single: Tried) -> Chapter:
@@ -243,14 +242,14 @@ class Search:
     def _thread_percentages(self, winner: Tried) -> Chapter:
         """Check the model's products at each percentage first; only what computes correctly becomes a candidate."""
         engines, base = winner.spec.engines, winner.spec.settings or self._for(winner.spec.engines)
-        wanted = percentages(self._manifest, engines)
+        wanted = specs.percentages(self._manifest, engines)
         if not wanted:
             return
         if why := _cannot_check(self._manifest):
             for percentage in wanted:
                 self._leave_out(engines, True, percentage, "skipped", why, base=base)
             return
-        checked = yield numerics_spec(self._manifest, wanted, base)
+        checked = yield specs.numerics_spec(self._manifest, wanted, base)
         for percentage in wanted:
             if not checked.ok or checked.raw.numerics is None:
                 why = f"numerics check failed: {checked.why}"
@@ -310,7 +309,7 @@ class Search:
     def _at_smaller(self, last: Tried, load: int, points: dict[int, Tried]) -> Chapter:
         load = max(last.spec.engines, load)
         if load < self._concurrency and load not in points:
-            points[load] = yield from self._measured(_at_load(last.spec, load, short=True))
+            points[load] = yield from self._measured(specs.at_load(last.spec, load, short=True))
 
     # -- trials
 
@@ -334,7 +333,7 @@ class Search:
         self, engines: int, *, mps: bool, percentage: int | None = None, base: EngineSettings | None = None
     ) -> TrialSpec:
         told = base or self._for(engines)
-        return load_spec(self._manifest, engines, mps=mps, percentage=percentage, base=told)
+        return specs.load_spec(self._manifest, engines, mps=mps, percentage=percentage, base=told)
 
     def _for(self, engines: int) -> EngineSettings:
         """The settings for this many engines: the tuned ones, or those that were found better for several."""
@@ -361,7 +360,7 @@ class Search:
 
     def _no_room(self, engines: int, base: EngineSettings) -> str:
         """Why engines with these settings do not fit the GPU's memory; empty when they do."""
-        planned = memory_plan(self._manifest, engines, base)
+        planned = specs.memory_plan(self._manifest, engines, base)
         return memory.explain(planned) if planned.kv_bytes is None else ""
 
     def _leave_out(
@@ -415,107 +414,3 @@ def simplest_best(tried: Sequence[Tried], default: EngineSettings) -> Tried | No
         return one.spec.engines, one.spec.thread_percentage is not None, len(changes)
 
     return min((one for one in ok if one.rate * WORTH_IT >= best), key=complexity)
-
-
-def percentages(manifest: Manifest, engines: int) -> list[int]:
-    """The thread percentages worth trying for this many engines; 100 is the same as none and left out."""
-    wanted = manifest.question.thread_percentages
-    if wanted == "none":
-        return []
-    if wanted == "auto":
-        wanted = [100 // engines, 150 // engines, 200 // engines]
-    return sorted({p for p in wanted if 0 < p < 100})
-
-
-def memory_plan(manifest: Manifest, engines: int, base: EngineSettings | None = None) -> memory.MemoryPlan:
-    """How this many engines with the settings `base` (or the default engine's) share the GPU's memory."""
-    told = base or manifest.settings
-    return memory.plan(
-        manifest.gpu,
-        manifest.model,
-        max_num_batched_tokens=told.max_num_batched_tokens,
-        max_num_seqs=told.max_num_seqs,
-        workload=as_served(manifest.question.workload),
-        engines=engines,
-    )
-
-
-def engine_settings(manifest: Manifest, engines: int, base: EngineSettings | None = None) -> EngineSettings:
-    """The settings `base` (or the default engine's) with this many engines' share of the memory."""
-    kv_bytes = memory_plan(manifest, engines, base).kv_bytes
-    if kv_bytes is None:
-        raise ValueError(f"{engines} engines do not fit; ask whether they can be tried first")
-    told = msgspec.structs.replace(base or manifest.settings, max_model_len=manifest.settings.max_model_len)
-    return settings.with_kv_bytes(told, manifest.model, kv_bytes)
-
-
-def load_spec(
-    manifest: Manifest,
-    engines: int,
-    *,
-    mps: bool,
-    percentage: int | None = None,
-    base: EngineSettings | None = None,
-) -> TrialSpec:
-    """The load trial of one candidate at the load that was asked for."""
-    placed = cores.plan(manifest.host.cores, engines)
-    if placed is None:
-        raise ValueError(f"{engines} engines cannot be placed; ask whether they can be tried first")
-    return TrialSpec(
-        kind="load",
-        engines=engines,
-        mps=mps,
-        thread_percentage=percentage,
-        settings=engine_settings(manifest, engines, base),
-        workload=manifest.question.workload,
-        # What only chooses need not be known as well as what is quoted.
-        protocol=msgspec.structs.replace(
-            manifest.protocol,
-            precision=manifest.protocol.first_precision,
-            precise_max_s=manifest.protocol.first_max_s,
-        ),
-        engine_cores=placed.engine_cores,
-        load_cores=placed.load_cores,
-        label=tuning.label(base or manifest.settings, manifest.settings),
-    )
-
-
-def _at_load(spec: TrialSpec, concurrency: int, *, short: bool = False) -> TrialSpec:
-    """The same engines with other requests in flight, in a `short` window if the point only belongs to a curve."""
-    if spec.workload is None or spec.protocol is None:
-        raise ValueError("only a load trial has a load")
-    workload = msgspec.structs.replace(spec.workload, concurrency=concurrency)
-    protocol = spec.protocol
-    if short:
-        protocol = msgspec.structs.replace(protocol, measure_min_s=protocol.curve_min_s, precision=0.0)
-    kept = [part for part in spec.label.split("-") if part and not part.startswith("load")]
-    label = "-".join([*kept, f"load{concurrency}"])
-    return msgspec.structs.replace(spec, workload=workload, protocol=protocol, label=label)
-
-
-def _asking(manifest: Manifest, concurrency: int) -> Manifest:
-    """The manifest as if this load had been asked for."""
-    workload = msgspec.structs.replace(manifest.question.workload, concurrency=concurrency)
-    return msgspec.structs.replace(manifest, question=msgspec.structs.replace(manifest.question, workload=workload))
-
-
-def numerics_spec(manifest: Manifest, wanted: list[int], base: EngineSettings) -> TrialSpec:
-    """The check of the model's own matrix products at these percentages."""
-    return TrialSpec(
-        kind="numerics",
-        mps=True,
-        settings=base,
-        percentages=wanted,
-        batch_sizes=_checked_sizes(base),
-    )
-
-
-# Steps that mix prefill and decode run without a graph at any size up to the token budget. These are a sample.
-_MIXED_SIZES = (520, 777, 1024, 1283, 1536, 2048, 2601, 3072, 4096, 5003, 6144, 7168, 7919)
-
-
-def _checked_sizes(base: EngineSettings) -> list[int]:
-    """Batch sizes at which products are checked: the captured ones, and a sample of those beyond them."""
-    captured = settings.captured_batch_sizes(base.max_cudagraph_capture_size, base.max_num_batched_tokens)
-    beyond = (*_MIXED_SIZES, *range(9001, base.max_num_batched_tokens, 2003))
-    return captured + [n for n in beyond if base.max_cudagraph_capture_size < n < base.max_num_batched_tokens]
