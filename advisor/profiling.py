@@ -251,7 +251,7 @@ def _machine_for_plan(selector: str | None) -> tuple[GpuFacts, HostFacts, str]:
 
 def live(asked: Asked, console: Console) -> Report:
     """Measure on this machine. Everything that can be refused is refused before the first engine starts."""
-    from advisor.shell import host, mps
+    from advisor.shell import ceilings, host, mps
     from advisor.shell.company import refuse_company
     from advisor.shell.gpu import Nvml
     from advisor.shell.inspect import torch_version, vllm_version
@@ -289,6 +289,9 @@ def live(asked: Asked, console: Console) -> Report:
         if stand_ins is not None:
             base = msgspec.structs.replace(base, load_format="auto")
         manifest = _manifest(question, model, gpu, machine, base, _software(vllm, torch_version()))
+        with GpuLock(gpu.uuid):
+            found_here = ceilings.measured(gpu, ceilings.cache_folder())
+        manifest = msgspec.structs.replace(manifest, ceilings=found_here or manifest.ceilings)
         model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
         tokenizer = model_folder / hub.TOKENIZER
         words = _words(tokenizer)
