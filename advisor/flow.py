@@ -40,22 +40,29 @@ def profile(
     spec = next(story)
     while True:
         try:
-            result = judge(runner.run(spec))
-        except NotRecorded:
-            # A run may be older than the rule that tries a failed trial again; then the failure is all there is.
-            if not tried or not is_retry(spec, tried[-1]):
-                raise
-            result = tried[-1]
-        else:
-            tried.append(result)
-            on_trial(result)
-        try:
-            spec = story.send(result)
+            spec = _next(story, spec, runner, tried, on_trial)
         except StopIteration as end:
             finish()
             complete = [_completed(one, runner) for one in tried]
             asked = msgspec.structs.replace(manifest, question=judged_by or manifest.question)
             return conclude(asked, complete, end.value, created=created, replayed=replayed)
+
+
+def _next(
+    story: search.Story, spec: TrialSpec, runner: Runner, tried: list[Tried], on_trial: Callable[[Tried], None]
+) -> TrialSpec:
+    """Run a trial, tell the story of it, and hear what comes next. Raises StopIteration when nothing does."""
+    try:
+        result = judge(runner.run(spec))
+    except NotRecorded as missing:
+        # A run may be older than the rule that tries a failed trial again; then the failure is all there is.
+        if tried and is_retry(spec, tried[-1]):
+            return story.send(tried[-1])
+        # The story knows whether it can do without this one; else it lets the error pass.
+        return story.throw(missing)
+    tried.append(result)
+    on_trial(result)
+    return story.send(result)
 
 
 def _completed(one: Tried, runner: Runner) -> Tried:

@@ -16,6 +16,7 @@ from rich.console import Console
 from test_terminal import report
 
 from advisor.core import tuning
+from advisor.core.errors import NotRecorded
 from advisor.core.intervals import mean_of_logs
 from advisor.core.recommend import conclude
 from advisor.core.records import (
@@ -56,6 +57,7 @@ class World:
         self.between_starts, self.fails = between_starts, fails
         self.asked: list[TrialSpec] = []
         self.gpu = MACHINE.gpu
+        self.missing = lambda spec: False
         self.chance = random.Random(1)
 
     def try_out(self, spec: TrialSpec) -> Tried:
@@ -86,6 +88,9 @@ class World:
         spec = next(story)
         try:
             while True:
+                if self.missing(spec):
+                    spec = story.throw(NotRecorded("it was not recorded"))
+                    continue
                 tried.append(self.try_out(spec))
                 spec = story.send(tried[-1])
         except StopIteration as end:
@@ -399,13 +404,41 @@ def test_what_was_chosen_is_quoted_without_the_luck_that_chose_it():
         world.chance = random.Random(seed)
         report = world.profile(min_gain=0.0)
         for one in report.candidates:
-            if one.starts == 2 and one.engines == 1 and one is not report.candidates[0]:
+            if (one.starts or 0) >= 2 and one.engines == 1 and one is not report.candidates[0]:
                 tuned.append(one.gain_vs_default.value)
-            if one.starts == 2 and one.engines > 1 and one.mps:
+            if (one.starts or 0) >= 2 and one.engines > 1 and one.mps:
                 mps.append(one.gain_vs_best_without_mps.value)
     assert len(tuned) > 50 and len(mps) > 100
     assert statistics.mean(tuned) == pytest.approx(1.0, abs=0.02), len(tuned)
     assert statistics.mean(mps) == pytest.approx(1.0, abs=0.02)
+
+
+def test_what_is_known_too_roughly_is_started_again_before_no_verdict_is_given():
+    def tried(**changes):
+        world = World(by_engines(1000, 1085, mps=1.0), noise=0.08)
+        report = world.profile(**changes)
+        more = [spec for spec in world.asked if spec.repeat >= 2]
+        return report.recommendation.status, len(more), {spec.protocol.precise_max_s for spec in more}
+
+    assert tried(protocol=msgspec.structs.replace(FULL, more_starts=0)) == ("inconclusive", 0, set())
+    status, more, longest = tried(protocol=msgspec.structs.replace(FULL, more_starts=40))
+    assert status == "recommend" and 0 < more < 40 and longest == {FULL.precise_max_s}
+    assert tried()[1] <= FULL.more_starts
+
+
+def test_a_clear_verdict_needs_no_more_starts():
+    world = World(by_engines(1000, 1500, mps=1.4), noise=0.01)
+    world.profile()
+    assert max(spec.repeat for spec in world.asked) == 1
+
+
+def test_a_run_that_lacks_a_start_which_todays_estimate_would_ask_for_is_concluded_without_it():
+    world = World(by_engines(1000, 1085, mps=1.0), noise=0.08)
+    world.missing = lambda spec: spec.repeat >= 2
+    assert world.profile().recommendation.status == "inconclusive"
+    world.missing = lambda spec: spec.repeat >= 1
+    with pytest.raises(NotRecorded):
+        world.profile()
 
 
 def test_a_lucky_setting_that_its_second_start_refutes_is_not_advised():

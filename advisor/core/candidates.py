@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from advisor.core import limits, numerics, tuning
 from advisor.core.contenders import Contender
 from advisor.core.estimate import gain
+from advisor.core.outline import LeftOut, Outline
 from advisor.core.records import Candidate, EngineSettings, Manifest, StepShares, Value
-from advisor.core.search import LeftOut, Outline
 from advisor.core.tried import Tried, slug
 
 

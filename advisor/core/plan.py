@@ -146,6 +146,8 @@ def _trials(
             yield load(None, f"the best without MPS {again}{also}", mps=False, certain=True, more_s=curve_s)
             yield load(None, f"the best under MPS {again}{also}", mps=True, certain=True, more_s=curve_s)
         yield load(1, f"the default engine {again}: does the machine drift", mps=False, certain=True)
+        for _ in range(protocol.more_starts):
+            yield load(None, "another start of what is known too roughly for a verdict", mps=False)
 
 
 def _planned(

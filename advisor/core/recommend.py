@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -12,6 +13,7 @@ from advisor.core.candidates import Field, left_out, row
 from advisor.core.contenders import Contender, contenders, judge_logprobs
 from advisor.core.contention import host_speed
 from advisor.core.estimate import gain, half_width
+from advisor.core.outline import Outline
 from advisor.core.records import (
     ACCIDENTS,
     SCHEMA_VERSION,
@@ -26,7 +28,6 @@ from advisor.core.records import (
 )
 from advisor.core.roofline import throughput_bound
 from advisor.core.run_cautions import cautions
-from advisor.core.search import Outline
 from advisor.core.tried import Tried, slug
 from advisor.core.waterfall import waterfall
 from advisor.core.wording import because, name, rate, rival_missing, sentence, times
@@ -39,17 +40,24 @@ TOO_WIDE = 0.03
 TOO_WIDE_TO_TIE = 0.05
 
 
+Row = tuple[Contender, Candidate]
+
+
+class Verdict(NamedTuple):
+    """What is said, which contender it advises, and which are known too roughly where that is why it advises none."""
+
+    recommendation: Recommendation
+    choice: Contender | None = None
+    rough: Sequence[Contender] = ()
+
+
 def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, created: str, replayed: bool) -> Report:
     """The whole report, from judged trials alone. The manifest's question is today's, by which they are judged."""
     asked = manifest.question
-    loads = judge_logprobs([one for one in tried if one.spec.kind == "load"])
-    checks = [one for one in tried if one.spec.kind == "numerics"]
-    field = Field(manifest, outline, contenders(loads, outline.concurrency, asked.slo))
-    rows = [(one, row(field, one, checks)) for one in field.all]
-    missing = [left_out(manifest, one, checks) for one in outline.left_out]
-    choice, recommendation = _recommend(field, rows, missing)
+    field, rows, missing = _rows(manifest, tried, outline)
+    recommendation, choice, _ = _recommend(field, rows, missing)
     chosen = next((candidate for one, candidate in rows if one is choice), None)
-    host = host_speed([one.raw for one in loads])
+    host = host_speed([one.raw for one in tried if one.spec.kind == "load"])
     return Report(
         schema_version=SCHEMA_VERSION,
         created=created,
@@ -72,6 +80,24 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
     )
 
 
+def unsure(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> Sequence[Contender]:
+    """The candidates that are known too roughly for a verdict, by the trials so far; empty where there is one.
+
+    Only of the full load: another start there says nothing of the smaller one that an objective may decide at.
+    """
+    if manifest.question.slo:
+        return ()
+    return _recommend(*_rows(manifest, tried, outline)).rough
+
+
+def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple[Field, list[Row], list[Candidate]]:
+    loads = judge_logprobs([one for one in tried if one.spec.kind == "load"])
+    checks = [one for one in tried if one.spec.kind == "numerics"]
+    field = Field(manifest, outline, contenders(loads, outline.concurrency, manifest.question.slo))
+    rows = [(one, row(field, one, checks)) for one in field.all]
+    return field, rows, [left_out(manifest, one, checks) for one in outline.left_out]
+
+
 def _profile(manifest: Manifest, outline: Outline) -> Profile | None:
     if manifest.ceilings is None or manifest.model.quantization is not None:
         return None
@@ -81,9 +107,6 @@ def _profile(manifest: Manifest, outline: Outline) -> Profile | None:
     return Profile(throughput_bound=Figure(value=bound, unit=unit, source="bound"))
 
 
-Row = tuple[Contender, Candidate]
-
-
 def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:
     """Simplest first: without MPS, then fewer engines, then no thread percentage, then nothing set by hand."""
     default = field.manifest.settings
@@ -91,24 +114,22 @@ def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:
     return one.mps, one.engines, one.thread_percentages is not None, changed
 
 
-def _recommend(
-    field: Field, rows: Sequence[Row], missing: Sequence[Candidate]
-) -> tuple[Contender | None, Recommendation]:
+def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) -> Verdict:
     manifest = field.manifest
     candidates = [*(candidate for _, candidate in rows), *missing]
     if field.default is None:
-        return None, _inconclusive("the default engine has no valid trial, so there is nothing to compare with")
+        return _inconclusive("the default engine has no valid trial, so there is nothing to compare with")
     if why := _not_comparable(field, candidates):
-        return None, _inconclusive(why)
+        return _inconclusive(why)
     threshold = 1.0 + manifest.question.min_gain
     running = [(one, candidate) for one, candidate in rows if one.ok and field.eligible(one)]
     if not running:
-        return None, _no_slo(field, rows)
+        return _no_slo(field, rows)
     # Where nothing without MPS meets the objectives, MPS has no gain to show and none to fall short of.
     alone = field.best_without is None
     allowed = [(one, row) for one, row in running if not one.mps or alone or _clears(row, threshold)]
     if not allowed:
-        return None, _inconclusive("nothing without MPS was started often enough to compare MPS with")
+        return _inconclusive("nothing without MPS was started often enough to compare MPS with")
     best, best_row = max(allowed, key=lambda pair: pair[0].rate)
     choice, chosen = best, best_row
     for one, candidate in sorted(allowed, key=lambda pair: _simplicity(field, pair[1])):
@@ -120,21 +141,25 @@ def _recommend(
             choice, chosen = one, candidate
             break
         if not apart:
-            return None, _inconclusive(
+            return _inconclusive(
                 f"{name(field, best_row)} gives {times(behind)} {name(field, candidate)}, "
-                "too uncertain to say which is faster"
+                "too uncertain to say which is faster",
+                best,
+                one,
             )
     if failed := _faster_but_alone(field, rows, choice):
-        return None, _inconclusive(failed)
-    undecided = [row for one, row in running if one.mps and not choice.mps and _undecided(row, threshold)]
+        return _inconclusive(failed)
+    undecided = [(one, row) for one, row in running if one.mps and not choice.mps and _undecided(row, threshold)]
     if undecided:
-        worst = max(undecided, key=rate)
-        return None, _inconclusive(
+        rough, worst = max(undecided, key=lambda pair: rate(pair[1]))
+        return _inconclusive(
             f"{name(field, worst)} gives {times(worst.gain_vs_best_without_mps)} the best without MPS, "
-            f"too uncertain to say whether it reaches {threshold:.2f}×"
+            f"too uncertain to say whether it reaches {threshold:.2f}×",
+            rough,
+            field.best_without,
         )
     ok = [candidate for _, candidate in running]
-    return choice, Recommendation(
+    advised = Recommendation(
         status="recommend",
         engines=chosen.engines,
         mps=chosen.mps,
@@ -150,26 +175,29 @@ def _recommend(
         environment=deployment.environment(manifest, chosen),
         commands=deployment.commands(manifest, chosen),
     )
+    return Verdict(advised, choice)
 
 
-def _inconclusive(why: str) -> Recommendation:
-    return Recommendation(status="inconclusive", sentence=f"No verdict: {why}.")
+def _inconclusive(why: str, *rough: Contender | None) -> Verdict:
+    told = Recommendation(status="inconclusive", sentence=f"No verdict: {why}.")
+    return Verdict(told, rough=[one for one in rough if one is not None])
 
 
-def _no_slo(field: Field, rows: Sequence[Row]) -> Recommendation:
+def _no_slo(field: Field, rows: Sequence[Row]) -> Verdict:
     """Nothing meets the objectives: name what comes nearest, and by how much it misses."""
     objectives = field.manifest.question.slo
     nearest = [(slo.worst(one.nearest, objectives), one.nearest, row) for one, row in rows if one.nearest]
     if not objectives or not nearest:
         return _inconclusive("no candidate that could be advised has a valid trial")
     (_, objective), point, candidate = min(nearest, key=lambda one: one[0][0])
-    return Recommendation(
+    told = Recommendation(
         status="no_slo",
         sentence=(
             f"Nothing meets {slo.shown(objectives)}. The nearest is {name(field, candidate)} with {point.concurrency} "
             f"requests in flight: {slo.told(point, objective)}."
         ),
     )
+    return Verdict(told)
 
 
 def _gain_over(one: Contender, other: Contender) -> Value:

@@ -163,6 +163,7 @@ class Protocol(Record, frozen=True):
     curve_min_s: float = 8.0  # shortest window of such a point
     precision: float = 0.0  # a quoted window goes on until its interval is at most ± this share; 0: it does not
     precise_max_s: float = 60.0  # but no longer than this for that reason alone
+    more_starts: int = 0  # at most, of what is known too roughly for a verdict
     first_precision: float = 0.0  # the same for first starts, which only choose
     first_max_s: float = 20.0
 
@@ -175,6 +176,7 @@ FULL = Protocol(
     precision=0.02,
     precise_max_s=45.0,
     first_precision=0.03,
+    more_starts=2,
     # Where one engine waits for cores that change their speed, halves of 30 s windows were up to 0.25 apart (4 of 38
     # were above 0.15): rough, but the blocks' interval says so.
     unsteady_log=0.30,

@@ -13,8 +13,11 @@ import msgspec
 
 from advisor.core import cores, limits, memory, numerics, slo, specs, tuning
 from advisor.core.contenders import judge_logprobs
-from advisor.core.estimate import ratio_of_windows
-from advisor.core.records import ACCIDENTS, EngineSettings, Manifest, Outcome, Record, TrialSpec
+from advisor.core.errors import NotRecorded
+from advisor.core.estimate import half_width, ratio_of_windows
+from advisor.core.outline import LeftOut, Outline
+from advisor.core.recommend import unsure
+from advisor.core.records import ACCIDENTS, EngineSettings, Manifest, Outcome, TrialSpec
 from advisor.core.tried import Tried, candidate, key
 
 # Another engine, or another setting, has to add this much to be worth it.
@@ -28,29 +31,7 @@ RIVAL_START_TIMEOUT_S = 180.0
 MPS_CLIENTS = 48
 
 
-class LeftOut(Record, frozen=True):
-    """A candidate that was not run, with the reason; it appears in the report like the others."""
-
-    engines: int
-    mps: bool
-    thread_percentage: int | None
-    outcome: Outcome
-    why: str
-    worst_product_error: float | None = None
-    settings: EngineSettings | None = None
-
-
-class Outline(Record, frozen=True):
-    """What a finished search found on its way: the full load, the settings of the best single engine, those that the
-    settings of several are made from, and what was not run.
-    """
-
-    concurrency: int
-    tuned: EngineSettings
-    several: EngineSettings
-    left_out: list[LeftOut]
-
-
+Story = Generator[TrialSpec, Tried, Outline]
 Told = Generator[TrialSpec, Tried, Tried]
 Chapter = Generator[TrialSpec, Tried, None]
 
@@ -67,10 +48,11 @@ class Search:
         self._left_out: list[LeftOut] = []
         self._results: dict[str, Tried] = {}  # by trial
         self._several_tried: list[Tried] = []  # first starts of several engines at full load
+        self._tried: list[Tried] = []
 
-    def story(self) -> Generator[TrialSpec, Tried, Outline]:
+    def story(self) -> Story:
         """default · tuning · 2 without MPS · tuned settings for 2? · 2, 3, 4 … under MPS · the winner's variants · one
-        under MPS · second starts, in this order.
+        under MPS · second starts · more starts of what is known too roughly, in this order.
         """
         default = yield from self._measured(self._spec(1, mps=False))
         self._single = default
@@ -84,6 +66,10 @@ class Search:
         # What MPS itself costs: no verdict waits for it.
         yield from self._measured(self._spec(1, mps=True))
         yield from self._again(default)
+        yield from self._until_sure()
+        return self._outline()
+
+    def _outline(self) -> Outline:
         return Outline(
             concurrency=self._concurrency,
             tuned=self._tuned,
@@ -285,6 +271,19 @@ class Search:
         if default.ok:
             yield from self._once_more(default, curve=unchanged)
 
+    def _until_sure(self) -> Chapter:
+        """Where two candidates are known too roughly for a verdict, start the rougher one again, a few times."""
+        for _ in range(self._protocol.more_starts):
+            rough = [one for one in unsure(self._manifest, self._tried, self._outline()) if one.attempts[-1].ok]
+            if not rough:
+                return
+            last = max(rough, key=lambda one: half_width(one.value) if one.value else 0.0).attempts[-1].spec
+            again = msgspec.structs.replace(last, repeat=last.repeat + 1, protocol=self._protocol)
+            try:
+                yield from self._measured(again, again=False)
+            except NotRecorded:
+                return  # a run that was sure by an earlier estimate of what it measured
+
     def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
         """Further starts of a candidate; the last one of a finalist also at smaller loads."""
         last = one
@@ -322,8 +321,10 @@ class Search:
         if known := self._results.get(key(spec)):
             return known
         result = yield spec
+        self._tried.append(result)
         if again and result.outcome in ACCIDENTS:
             result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
+            self._tried.append(result)
         self._results[key(spec)] = result
         if spec.engines > 1 and not spec.repeat:
             self._several_tried.append(result)
