@@ -130,8 +130,16 @@ def test_what_decides_is_started_twice_and_measured_at_smaller_loads():
     report = world.profile()
     twice = [one for one in report.candidates if one.starts == 2]
     assert {(one.engines, one.mps) for one in twice} == {(1, False), (2, False), (2, True)}
-    assert all([point.concurrency for point in one.curve] == [64, 128, 256] for one in twice)
+    loads = {one.engines: [point.concurrency for point in one.curve] for one in twice}
+    assert loads == {1: [], 2: [64, 128, 256]}
     assert all(one.starts in (None, 1) and one.curve == [] for one in report.candidates if one not in twice)
+
+
+@pytest.mark.parametrize(("two", "points"), [(1.5, 0), (1.02, 3), (0.8, 3)])
+def test_one_engine_has_a_curve_only_where_several_without_mps_do_not_leave_it_behind(two, points):
+    report = World(by_engines(1000, 1000 * two, mps=1.05)).profile()
+    assert len(report.candidates[0].curve) == points
+    assert len(World(by_engines(1000, 1000 * two)).profile(slo={"itl_p95": 1e6}).candidates[0].curve) == 3
 
 
 def test_windows_go_on_until_they_are_known_well_only_where_they_are_quoted():

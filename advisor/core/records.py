@@ -165,6 +165,7 @@ class Protocol(Record, frozen=True):
     precise_max_s: float = 60.0  # but no longer than this for that reason alone
     more_starts: int = 0  # at most, of what is known too roughly for a verdict
     first_precision: float = 0.0  # the same for first starts, which only choose
+    first_min_s: float | None = None  # their shortest window; None: as `measure_min_s`
     first_max_s: float = 20.0
 
 
@@ -176,6 +177,7 @@ FULL = Protocol(
     precision=0.02,
     precise_max_s=45.0,
     first_precision=0.03,
+    first_min_s=8.0,
     more_starts=2,
     # Where one engine waits for cores that change their speed, halves of 30 s windows were up to 0.25 apart (4 of 38
     # were above 0.15): rough, but the blocks' interval says so.

@@ -256,20 +256,23 @@ class Search:
         """Second starts of what the verdict is made of, each with the loads of its curve; the default engine last, so
         that a drift of the machine shows between its first start and this one.
         """
-        last = candidate(default.spec)
         objectives = self._manifest.question.slo
-        several = []
+        several: dict[str, Tried] = {}
         for mps in (False, True):
             family = [one for one in self._several_tried if one.spec.mps == mps]
             keeping = [one for one in family if one.measurement and slo.meets(one.measurement, objectives)]
-            several += [simplest_best(ok, self._manifest.settings) for ok in (family, keeping)]
-        finalists = {candidate(one.spec): one for one in (self._single, *several) if one}
-        unchanged = finalists.pop(last, None) is not None
-        for one in finalists.values():
-            if one.ok:
-                yield from self._once_more(one, curve=True)
+            for found in (family, keeping):
+                if best := simplest_best(found, self._manifest.settings):
+                    several[candidate(best.spec)] = best
+        single = self._single or default
+        rivals = [one.rate for one in several.values() if not one.spec.mps]
+        # Where several leave one engine behind without MPS, only its rate is of interest.
+        near = bool(objectives) or single.rate * WORTH_IT >= max(rivals, default=0.0)
+        for name, one in {candidate(single.spec): single, **several, candidate(default.spec): default}.items():
+            if one.ok and name != candidate(default.spec):
+                yield from self._once_more(one, curve=name in several or near)
         if default.ok:
-            yield from self._once_more(default, curve=unchanged)
+            yield from self._once_more(default, curve=near and single is default)
 
     def _until_sure(self) -> Chapter:
         """Where two candidates are known too roughly for a verdict, start the rougher one again, a few times."""

@@ -65,6 +65,7 @@ def load_spec(
             manifest.protocol,
             precision=manifest.protocol.first_precision,
             precise_max_s=manifest.protocol.first_max_s,
+            measure_min_s=manifest.protocol.first_min_s or manifest.protocol.measure_min_s,
         ),
         engine_cores=placed.engine_cores,
         load_cores=placed.load_cores,
