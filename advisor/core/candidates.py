@@ -9,6 +9,7 @@ from advisor.core.contenders import Contender
 from advisor.core.estimate import gain
 from advisor.core.outline import LeftOut, Outline
 from advisor.core.records import Candidate, EngineSettings, Manifest, StepShares, Value
+from advisor.core.stall import cpu_stall_pct
 from advisor.core.tried import Tried, slug
 
 
@@ -91,6 +92,7 @@ def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
         gain_vs_best_without_mps=field.gain(one, field.best_without),
         sm_active_pct=shown.sm_active_pct if shown else None,
         gpu_idle_pct=shown.gpu_idle_pct if shown else None,
+        cpu_stall_pct=cpu_stall_pct(one.shown.raw, shown) if shown else None,
         tokens_per_joule=shown.tokens_per_joule if shown else None,
         limited_by=limit.what if limit else None,
         limit_evidence=limit.evidence if limit else None,

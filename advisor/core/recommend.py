@@ -23,6 +23,7 @@ from advisor.core.records import (
     Profile,
     Recommendation,
     Report,
+    Source,
     Stage,
     Value,
 )
@@ -30,7 +31,7 @@ from advisor.core.roofline import throughput_bound
 from advisor.core.run_cautions import cautions
 from advisor.core.tried import Tried, slug
 from advisor.core.waterfall import waterfall
-from advisor.core.wording import because, name, rate, rival_missing, sentence, times
+from advisor.core.wording import because, name, rate, rival_missing, sentence, times, unit
 
 # Candidates within 3 % of the best are as good; the simplest of them is advised.
 AS_GOOD = 1.03
@@ -69,7 +70,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
         workload=msgspec.structs.replace(asked.workload, concurrency=outline.concurrency),
         protocol=manifest.protocol,
         candidates=[_explain(one, candidate, field, choice, chosen) for one, candidate in rows] + missing,
-        profile=_profile(manifest, outline),
+        profile=_profile(field, rows),
         waterfall=waterfall(field.default, field.tuned, field.all, choice),
         warnings=cautions(field, tried, recommendation.settings),
         recommendation=recommendation,
@@ -98,13 +99,23 @@ def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple
     return field, rows, [left_out(manifest, one, checks) for one in outline.left_out]
 
 
-def _profile(manifest: Manifest, outline: Outline) -> Profile | None:
-    if manifest.ceilings is None or manifest.model.quantization is not None:
-        return None
-    workload = msgspec.structs.replace(manifest.question.workload, concurrency=outline.concurrency)
-    bound = throughput_bound(manifest.model, workload, manifest.ceilings)
-    unit = "prompts/s" if workload.kind == "prefill" else "tokens/s"
-    return Profile(throughput_bound=Figure(value=bound, unit=unit, source="bound"))
+def _profile(field: Field, rows: Sequence[Row]) -> Profile:
+    manifest, outline = field.manifest, field.outline
+    bound = None
+    if manifest.ceilings is not None and manifest.model.quantization is None:
+        workload = msgspec.structs.replace(manifest.question.workload, concurrency=outline.concurrency)
+        bound = throughput_bound(manifest.model, workload, manifest.ceilings)
+    base = field.tuned or field.default
+    single = next((row for one, row in rows if one is base), None)
+
+    def figure(value: float | None, unit: str, source: Source) -> Figure | None:
+        return None if value is None else Figure(value=value, unit=unit, source=source)
+
+    return Profile(
+        throughput_bound=figure(bound, unit(field), "bound"),
+        gpu_idle_pct=figure(single.gpu_idle_pct if single else None, "%", "measured"),
+        cpu_stall_pct=figure(single.cpu_stall_pct if single else None, "%", "bound"),
+    )
 
 
 def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:

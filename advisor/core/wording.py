@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from advisor.core import slo, tuning
 from advisor.core.candidates import Field
-from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Value
+from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Measurement, Value
+from advisor.core.stall import cpu_stall_pct
+from advisor.core.tried import Tried
+from advisor.core.tuning import GPU_BUSY_IDLE_PCT
 
 
 def name(field: Field, one: Candidate) -> str:
@@ -141,10 +144,27 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
             f"Tuned: {', '.join(changes)}{_for_one_only(field)}." if changes else "No setting brought 3 % beyond noise."
         )
     base = field.tuned or field.default
+    if base is not None and base.shown.measurement is not None:
+        reasons += _why(base.shown, base.shown.measurement)
     alone = next((one for one in field.all if one.ok and one.mps and one.engines == 1), None)
     if alone is not None and base is not None and (gained := field.gain(alone, base)) is not None:
         reasons.append(f"MPS itself, with one engine: {times(gained)} the same engine without it.")
     return reasons
+
+
+def _why(single: Tried, seen: Measurement) -> list[str]:
+    """What the GPU waits for with one engine, which is what others can fill."""
+    idle, stall = seen.gpu_idle_pct, cpu_stall_pct(single.raw, seen)
+    if idle is None:
+        return []
+    if idle < GPU_BUSY_IDLE_PCT:
+        return [f"One engine leaves the GPU idle for {idle:.0f} % only: others gain what kernels overlap, no more."]
+    if stall is None or stall < 1:
+        return [f"One engine leaves the GPU idle for {idle:.0f} %, which others may fill, with or without MPS."]
+    return [
+        f"One engine leaves the GPU idle for {idle:.0f} %, at least {stall:.0f} % while its own CPU threads work: "
+        "others fill that, with or without MPS."
+    ]
 
 
 def _changed(field: Field, one: Candidate) -> str:
