@@ -291,6 +291,8 @@ def live(asked: Asked, console: Console) -> Report:
         manifest = _manifest(question, model, gpu, machine, base, _software(vllm, torch_version()))
         with GpuLock(gpu.uuid):
             found_here = ceilings.measured(gpu, ceilings.cache_folder())
+            with Nvml() as nvml:
+                refuse_company(nvml, gpu.uuid, patience_s=10.0)
         manifest = msgspec.structs.replace(manifest, ceilings=found_here or manifest.ceilings)
         model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
         tokenizer = model_folder / hub.TOKENIZER

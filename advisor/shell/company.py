@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Set
 
 from advisor.core.errors import Unfit
@@ -11,8 +12,22 @@ from advisor.shell.gpu import Nvml
 UNSEEN_BYTES = 2 << 30
 
 
-def refuse_company(nvml: Nvml, uuid: str) -> None:
-    """Raise Unfit when other processes use this GPU. For a GPU on which nothing of ours runs."""
+def refuse_company(nvml: Nvml, uuid: str, patience_s: float = 0.0) -> None:
+    """Raise Unfit when other processes use this GPU. For a GPU on which nothing of ours runs.
+
+    `patience_s`: how long to wait for the driver to forget a process of ours that has just ended.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return _refuse_company(nvml, uuid)
+        except Unfit:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
+
+
+def _refuse_company(nvml: Nvml, uuid: str) -> None:
     refuse_strangers(nvml, uuid, set())
     used = nvml.memory_used_bytes(uuid)
     if used is not None and used > UNSEEN_BYTES:
