@@ -136,7 +136,7 @@ def test_steps_that_swing_give_a_wide_interval():
     [
         (trial(even(50.0), even(50.0, start=100.0)), "at the same time"),
         (trial([(0.0, 0), (1.0, 5)]), "often enough"),
-        (trial([(float(n), 0) for n in range(9)]), "stood still"),
+        (trial([(float(n), 0) for n in range(30)]), "stood still"),
         (trial(even(50.0), refused="no room"), "no room"),
     ],
 )

@@ -13,8 +13,9 @@ from itertools import pairwise
 from advisor.core.intervals import LogMean, log_ratio, mean_of_logs, value_of
 from advisor.core.records import RawTrial, Record, Value
 
-BLOCKS = 8
-FEWEST_MARKS = 4
+# A block needs several marks: between two of them steps are taken to be done evenly.
+BLOCKS_MAX, MARKS_PER_BLOCK = 8, 3
+FEWEST_MARKS = 12
 
 
 class StepRate(Record, frozen=True):
@@ -43,9 +44,10 @@ def step_rate(raw: RawTrial, step: int) -> StepRate | str:
     high = min(row.marks[-1][0] for row in rows)
     if high <= low:
         return "the engines did not run it at the same time"
-    edges = [low + (high - low) * index / BLOCKS for index in range(BLOCKS + 1)]
+    count = min(BLOCKS_MAX, min(len(row.marks) - 1 for row in rows) // MARKS_PER_BLOCK)
+    edges = [low + (high - low) * index / count for index in range(count + 1)]
     done = [[_done(row.marks, edge) for edge in edges] for row in rows]
-    seconds = (high - low) / BLOCKS
+    seconds = (high - low) / count
     blocks = [
         sum(row.tokens * (after - before) for row, (before, after) in zip(rows, spans, strict=True)) / seconds
         for spans in zip(*(pairwise(counts) for counts in done), strict=True)

@@ -24,4 +24,4 @@ def cpu_stall_pct(raw: RawTrial, measurement: Measurement) -> float | None:
     busy = [pct for role in ("engine_core", "api_server") if (pct := main_thread_pct(raw, role)) is not None]
     if idle is None or not busy or measurement.window_s < SHORTEST_WINDOW_S:
         return None
-    return max(0.0, min(max(busy), 100.0) + idle - 100.0)
+    return max(0.0, idle - max(0.0, 100.0 - max(busy)))

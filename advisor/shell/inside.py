@@ -26,44 +26,31 @@ class FixedSteps:
 
     model_runner: Any
     _advisor_step: Callable[[], None] | None = None
+    _advisor_step_s = 0.0
     _advisor_requests: tuple[str, ...] = ()
     _advisor_filled = False
 
     def advisor_prepare(
-        self, decode: int = 0, decode_context: int = 0, prefill: int = 0, prefill_tokens: int = 0, seed: int = 0
+        self,
+        decode: int = 0,
+        decode_context: int = 0,
+        prefill: int = 0,
+        prefill_tokens: int = 0,
+        prefill_context: int = 0,
     ) -> dict[str, Any]:
-        """Get a step ready: `decode` sequences that attend to `decode_context` tokens, `prefill` prompts of
-        `prefill_tokens` each. Returns what will be repeated, or why it cannot be (`refused`).
-        """
-        import torch
+        """Get a step ready: `decode` sequences that attend to `decode_context` tokens, their new one included, and
+        `prefill` sequences that read `prefill_tokens` after `prefill_context` earlier ones.
 
-        self.advisor_forget()
-        runner = self.model_runner
-        with torch.inference_mode():
-            output = self._advisor_scheduled(decode, decode_context, prefill, prefill_tokens, seed)
-            if isinstance(output, str):
-                return {"refused": output}
-            if not self._advisor_filled:
-                # Zeros would be multiplied faster than what a real cache holds.
-                generator = torch.Generator(runner.kv_caches[0].device)
-                generator.manual_seed(seed)
-                for cache in runner.kv_caches:
-                    if cache.dtype in (torch.bfloat16, torch.float16):
-                        cache.normal_(generator=generator)
-                self._advisor_filled = True
-            runner.kv_connector.set_disabled(True)
-            try:
-                runner.execute_model(output)
-                state, runner.execute_model_state = runner.execute_model_state, None
-                step, mode, graphed, why = self._advisor_closure(output, state)
-            finally:
-                runner.kv_connector.set_disabled(False)
-            self._advisor_step = step
-            for _ in range(3):
-                step()
-            torch.cuda.synchronize()
-        tokens = int(output.total_num_scheduled_tokens)
-        return {"tokens": tokens, "sequences": decode + prefill, "mode": mode, "graphed": graphed, "why": why}
+        Returns what will be repeated and how long it takes alone (`step_s`), or why it cannot be (`refused`).
+        """
+        try:
+            self.advisor_forget()
+            return self._advisor_prepared(
+                [(decode_context, 1)] * decode + [(prefill_context + prefill_tokens, prefill_tokens)] * prefill
+            )
+        except Exception as error:  # whatever it is, the engine goes on and the answer says so
+            self.advisor_forget()
+            return {"refused": f"{type(error).__name__}: {error}"[:300]}
 
     def advisor_run(self, start_s: float, seconds: float) -> dict[str, Any]:
         """Repeat the prepared step from `start_s` (CLOCK_MONOTONIC, which all processes of a machine share) on.
@@ -75,12 +62,8 @@ class FixedSteps:
         step = self._advisor_step
         if step is None:
             return {"refused": "no step is prepared"}
+        each = max(1, round(_BATCH_S / max(self._advisor_step_s, 1e-6)))
         with torch.inference_mode():
-            begin = time.monotonic()
-            for _ in range(5):
-                step()
-            torch.cuda.synchronize()
-            each = max(1, round(_BATCH_S / max((time.monotonic() - begin) / 5, 1e-6)))
             while time.monotonic() < start_s:
                 time.sleep(min(0.001, max(0.0, start_s - time.monotonic())))
             marks, done, queued = [[time.monotonic(), 0]], 0, []
@@ -99,40 +82,94 @@ class FixedSteps:
 
     def advisor_forget(self) -> dict[str, Any]:
         """Give up the prepared step and its KV blocks."""
-        from vllm.v1.core.sched.output import SchedulerOutput
-
         self._advisor_step = None
         if self._advisor_requests:
+            from vllm.v1.core.sched.output import SchedulerOutput
+
             output = SchedulerOutput.make_empty()
             output.finished_req_ids = set(self._advisor_requests)
             self._advisor_requests = ()
-            self.model_runner.execute_model(output)
+            self._advisor_execute(output)
         return {}
 
     # -- preparation
 
-    def _advisor_scheduled(self, decode: int, decode_context: int, prefill: int, prefill_tokens: int, seed: int) -> Any:  # noqa: ANN401 (vLLM's SchedulerOutput, or a text)
-        """vLLM's order for one step of fresh sequences, whose earlier tokens count as computed; or why it cannot be."""
+    def _advisor_prepared(self, lengths: list[tuple[int, int]]) -> dict[str, Any]:
+        """`lengths`: of each sequence the tokens in all, and those of them that are new in this step."""
+        import torch
+
+        runner = self.model_runner
+        if not hasattr(runner, "cudagraph_manager") or not hasattr(runner, "kv_connector"):
+            return {"refused": "vLLM runs this model on another model runner than V2"}
+        if why := self._advisor_objection(lengths):
+            return {"refused": why}
+        with torch.inference_mode():
+            if not self._advisor_filled:
+                # Zeros would be multiplied faster than what a real cache holds.
+                generator = torch.Generator(runner.kv_caches[0].device)
+                for cache in runner.kv_caches:
+                    if cache.dtype in (torch.bfloat16, torch.float16):
+                        cache.normal_(generator=generator)
+                self._advisor_filled = True
+            output = self._advisor_scheduled(lengths)
+            self._advisor_execute(output)
+            state, runner.execute_model_state = runner.execute_model_state, None
+            step, mode, why = self._advisor_closure(output, state)
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+            begin = time.monotonic()
+            for _ in range(5):
+                step()
+            torch.cuda.synchronize()
+            self._advisor_step, self._advisor_step_s = step, (time.monotonic() - begin) / 5
+        return {
+            "tokens": sum(new for _, new in lengths),
+            "sequences": len(lengths),
+            "mode": mode,
+            "graphed": not why,
+            "why": why,
+            "step_s": self._advisor_step_s,
+        }
+
+    def _advisor_execute(self, output: Any) -> None:  # noqa: ANN401 (vLLM's SchedulerOutput)
+        """What vLLM's own warm-up does: the model runner's step, with no connector in the way."""
+        runner = self.model_runner
+        runner.kv_connector.set_disabled(True)
+        try:
+            runner.execute_model(output)
+        finally:
+            runner.kv_connector.set_disabled(False)
+
+    def _advisor_objection(self, lengths: list[tuple[int, int]]) -> str:
+        """Why vLLM could not hold these sequences in one step; empty when it can."""
+        runner = self.model_runner
+        scheduled, budget = sum(new for _, new in lengths), runner.scheduler_config.max_num_batched_tokens
+        if not lengths:
+            return "a step needs at least one sequence"
+        if len(lengths) > runner.max_num_reqs:
+            return f"{len(lengths)} sequences are more than max_num_seqs {runner.max_num_reqs}"
+        if not all(1 <= new <= length <= runner.max_model_len for length, new in lengths):
+            return f"every sequence needs 1 to {runner.max_model_len} tokens"
+        if scheduled > budget:
+            return f"{scheduled} tokens are more than the budget {budget}"
+        needed = sum(-(-length // size) for length, _ in lengths for size in self._advisor_block_sizes())
+        if needed >= runner.kv_cache_config.num_blocks:
+            return f"{needed} KV blocks are needed, the cache holds {runner.kv_cache_config.num_blocks - 1}"
+        return ""
+
+    def _advisor_block_sizes(self) -> list[int]:
+        return [group.kv_cache_spec.block_size for group in self.model_runner.kv_cache_config.kv_cache_groups]
+
+    def _advisor_scheduled(self, lengths: list[tuple[int, int]]) -> Any:  # noqa: ANN401 (vLLM's SchedulerOutput)
+        """vLLM's order for one step of fresh sequences, whose earlier tokens count as computed."""
         import random
 
         from vllm import SamplingParams
         from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-        runner = self.model_runner
-        lengths = [(decode_context, 1)] * decode + [(prefill_tokens, prefill_tokens)] * prefill
-        if not lengths:
-            return "a step needs at least one sequence"
-        if len(lengths) > runner.max_num_reqs:
-            return f"{len(lengths)} sequences are more than max_num_seqs {runner.max_num_reqs}"
-        scheduled = sum(new for _, new in lengths)
-        if scheduled > runner.scheduler_config.max_num_batched_tokens:
-            return f"{scheduled} tokens are more than the budget {runner.scheduler_config.max_num_batched_tokens}"
-        groups = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
-        needed = sum(-(-length // size) for length, _ in lengths for size in groups)
-        if needed >= runner.kv_cache_config.num_blocks:
-            return f"{needed} KV blocks are needed, the cache holds {runner.kv_cache_config.num_blocks - 1}"
-        words, next_block = random.Random(seed), 1
-        vocabulary = runner.model_config.get_vocab_size()
+        words, next_block = random.Random(0), 1  # block 0 is vLLM's own
+        vocabulary, groups = self.model_runner.model_config.get_vocab_size(), self._advisor_block_sizes()
         sampling = SamplingParams(max_tokens=2, temperature=0.0)
         output = SchedulerOutput.make_empty()
         for number, (length, new) in enumerate(lengths):
@@ -155,13 +192,13 @@ class FixedSteps:
             )
             output.scheduled_new_reqs.append(request)
             output.num_scheduled_tokens[request.req_id] = new
-        output.total_num_scheduled_tokens = scheduled
+        output.total_num_scheduled_tokens = sum(new for _, new in lengths)
         output.num_common_prefix_blocks = [0] * len(groups)
         self._advisor_requests = tuple(output.num_scheduled_tokens)
         return output
 
-    def _advisor_closure(self, output: Any, state: Any) -> tuple[Callable[[], None], str, bool, str]:  # noqa: ANN401
-        """The step as something to call, vLLM's mode for it, whether it is all graphs, and why not."""
+    def _advisor_closure(self, output: Any, state: Any) -> tuple[Callable[[], None], str, str]:  # noqa: ANN401
+        """The step as something to call, vLLM's mode for it, and why it is not all graphs (empty if it is)."""
         from vllm.config import CUDAGraphMode
         from vllm.forward_context import BatchDescriptor, set_forward_context
         from vllm.v1.worker.gpu.cudagraph_utils import get_uniform_token_count
@@ -179,11 +216,11 @@ class FixedSteps:
             hidden = runner.cudagraph_manager.run_fullgraph(found)
             last, why = _captured(lambda: head(hidden))
 
-            def decode_step() -> None:
+            def decode_step(kept: Any = state) -> None:  # noqa: ANN401 (its tensors are read by the graphs)
                 runner.cudagraph_manager.run_fullgraph(found)
                 last()
 
-            return decode_step, found.cg_mode.name, not why, why
+            return decode_step, found.cg_mode.name, why
 
         inputs = {
             "input_ids": batch.input_ids,
@@ -206,7 +243,17 @@ class FixedSteps:
                 head(runner.model(**inputs))
 
         step, why = _captured(prompt_step)
-        return step, found.cg_mode.name, not why, why
+        return step, found.cg_mode.name, why
+
+
+class _Graph:
+    """A captured graph. It keeps the work alive whose tensors the graph reads: a graph itself keeps none."""
+
+    def __init__(self, graph: Any, work: Callable[[], None]) -> None:  # noqa: ANN401 (torch.cuda.CUDAGraph)
+        self._graph, self._work = graph, work
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 def _captured(work: Callable[[], None]) -> tuple[Callable[[], None], str]:
@@ -226,5 +273,5 @@ def _captured(work: Callable[[], None]) -> tuple[Callable[[], None], str]:
             work()
     except Exception as error:  # whatever a kernel's library raises: the step can still be launched
         torch.cuda.synchronize()
-        return work, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-    return graph.replay, ""
+        return work, f"{type(error).__name__}: {error}"[:200]
+    return _Graph(graph, work), ""

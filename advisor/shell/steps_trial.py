@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 
@@ -14,10 +15,13 @@ from advisor.shell.engines import EngineFailed
 from advisor.shell.gpu import Sampler
 from advisor.shell.interrupts import Say
 from advisor.shell.start import Start
+from advisor.shell.trial import ending
 
 PREPARE_TIMEOUT_S = 120.0
 # All engines begin a step together, so long after they were asked to.
-HEAD_START_S = 1.0
+HEAD_START_S = 0.5
+# A step is repeated for so many marks at least, whose distance is that of the slowest engine's batches.
+FEWEST_MARKS, MARK_S = 30, 0.05
 
 
 class StepsTrial:
@@ -65,7 +69,7 @@ class StepsTrial:
                 clients_end=clients_end,
             )
         except EngineFailed as failure:
-            ended, detail = _ending(failure.ended), failure.detail
+            ended, detail = ending(failure.ended), failure.detail
         except mps.MpsQueryError as failure:
             ended, detail = "crash", f"MPS: {failure}"
         finally:
@@ -114,20 +118,14 @@ class StepsTrial:
             for number, one in enumerate(prepared)
         ]
         if not any(row.refused for row in rows):
-            asked = {"start_s": time.monotonic() + HEAD_START_S, "seconds": self._spec.step_s}
-            done = engines.call("advisor_run", asked, self._spec.step_s + PREPARE_TIMEOUT_S)
-            origin_s = self._start.origin_s
-            rows = [
-                msgspec.structs.replace(row, marks=[(at - origin_s, int(count)) for at, count in one.get("marks", [])])
-                for row, one in zip(rows, done, strict=True)
-            ]
+            # Together each may take as many times as long as there are engines.
+            slowest_s = max(float(one.get("step_s", 0.0)) for one in prepared) * len(prepared)
+            seconds = max(self._spec.step_s, FEWEST_MARKS * max(slowest_s, MARK_S))
+            asked = {"start_s": time.monotonic() + HEAD_START_S, "seconds": seconds}
+            done = engines.call("advisor_run", asked, seconds + PREPARE_TIMEOUT_S)
+            rows = [self._marked(row, one) for row, one in zip(rows, done, strict=True)]
         self._steps += rows
-        engines.call("advisor_forget", {}, PREPARE_TIMEOUT_S)
 
-
-def _ending(ended: str) -> Ended:
-    match ended:
-        case "oom" | "crash" | "timeout" | "not_attached":
-            return ended
-        case _:
-            return "crash"
+    def _marked(self, row: RawStep, answer: dict[str, Any]) -> RawStep:
+        marks = [(at - self._start.origin_s, int(count)) for at, count in answer.get("marks", [])]
+        return msgspec.structs.replace(row, marks=marks, refused=str(answer.get("refused", "")))

@@ -62,12 +62,7 @@ class LoadTrial:
         return "crash", str(failure)
 
     def _fail(self, ended: str, detail: str) -> None:
-        match ended:
-            case "oom" | "crash" | "timeout" | "not_attached":
-                self._ended = ended
-            case _:
-                self._ended = "crash"
-        self._detail = detail
+        self._ended, self._detail = ending(ended), detail
 
     def _record(self) -> RawTrial:
         seen = self._window.seen
@@ -93,3 +88,12 @@ class LoadTrial:
             timeline=self._clock.stages,
             started=self._start.began,
         )
+
+
+def ending(ended: str) -> Ended:
+    """How a trial ended, after what an engine failed by: what has no name of its own is a crash."""
+    match ended:
+        case "oom" | "crash" | "timeout" | "not_attached":
+            return ended
+        case _:
+            return "crash"
