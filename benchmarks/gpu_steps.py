@@ -27,6 +27,8 @@ def steps_spec(manifest: Manifest, name: str, batch: int, contexts: list[int], s
     engines = int(name.rstrip("m"))
     spec = specs.load_spec(manifest, engines, mps=name.endswith("m"))
     budget = manifest.settings.max_num_batched_tokens
+    if batch < engines:
+        raise ValueError(f"a batch of {batch} cannot be shared among {engines} engines")
     steps = [Step(decode=batch // engines, decode_context=context) for context in contexts]
     steps += [Step(prefill=max(1, budget // context), prefill_tokens=min(context, budget)) for context in contexts]
     return msgspec.structs.replace(spec, kind="steps", steps=steps, step_s=seconds)
@@ -58,11 +60,14 @@ def main() -> None:
                 if isinstance(seen, str):
                     print(f"{name}, {what}: {seen}", flush=True)
                     continue
-                base = first.setdefault(index, seen)
-                graphs = "" if seen.graphed else f", launched: {one.raw.steps[0].detail}"
+                if name == options.names[0]:
+                    first.setdefault(index, seen)
+                base = first.get(index)
+                against = times(overlap(seen, base)) if base else f"{options.names[0]} gave no rate to compare with"
+                why = next((row.detail for row in one.raw.steps if row.step == index and not row.graphed), "")
                 print(
-                    f"{name}, {what}: {seen.tok_per_s.value:,.0f} tokens/s, {seen.step_ms:.2f} ms a step, "
-                    f"{times(overlap(seen, base))}{graphs}",
+                    f"{name}, {what}: {seen.tok_per_s.value:,.0f} tokens/s, {seen.step_ms:.2f} ms a step, {against}"
+                    + (f", launched kernel by kernel: {why}" if why else ""),
                     flush=True,
                 )
         raise SystemExit(0)

@@ -272,6 +272,12 @@ def test_what_an_engines_own_bursts_explain_is_no_caution():
     assert contention(waiting(changed(roomy, "spec.split_cores", True), 0.08, "api_server", 1)) is None
 
 
+def test_an_engine_that_waits_for_itself_does_not_hide_one_that_does_not():
+    roomy = changed(TRIAL, "spec.engine_cores", [[0, 1], list(range(8, 14))])
+    both = waiting(waiting(roomy, 0.2, "engine_core", 0), 0.15, "engine_core", 1)
+    assert "Engine 1's engine core waited 15 %" in contention(both)
+
+
 def test_an_engine_that_fills_its_cores_waits_for_itself():
     full = changed(TRIAL, "spec.engine_cores.0", [0])
     assert contention(waiting(full, 0.3)) is None

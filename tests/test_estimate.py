@@ -125,3 +125,18 @@ def test_two_windows_that_swing_are_not_told_apart():
     rough = ratio_of_windows(start(1080, noise, 0.15), start(1000, noise, 0.15))
     assert calm.low > 1.0
     assert rough.low < 1.0 < rough.high
+
+
+def test_starts_that_happen_to_agree_are_not_taken_to_repeat_perfectly():
+    alike = [[measured([1000.0 + n for n in range(8)])] * 2 for _ in range(3)]
+    assert spread(alike).variance == pytest.approx(0.003**2)
+    assert half_width(estimate(alike[0][1:], spread(alike)).value) > 0.005
+
+
+def test_an_error_that_two_rates_share_is_not_known_better_for_that():
+    noise = random.Random(8)
+    rough = [[start(level * factor, noise, 1e-4) for factor in (1.0, 1.1)] for level in (500, 800, 900)]
+    between = spread(rough)
+    factor = gain(estimate(rough[1][1:], between), estimate(rough[0][1:], between))
+    expected = student_t_90(between.dof) * math.sqrt(2 * between.variance)
+    assert math.log(factor.high / factor.value) == pytest.approx(expected, rel=1e-3)

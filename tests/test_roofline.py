@@ -159,3 +159,30 @@ def test_nothing_measured_on_an_h200_exceeds_the_bound(kind, measured):
     asked = Workload(kind=kind, isl=isl, osl=1 if kind == "prefill" else 128, concurrency=batch)
     bound = throughput_bound(SMALL, asked, H200)
     assert measured < bound < 10 * measured
+
+
+def one_by_one(model: ModelFacts, isl: int, osl: int, batch: int) -> float:
+    """Tokens per second of a batch, step by step, if computing and moving overlapped over all of its steps."""
+    every = [*work(model, Step(prefill=batch, prefill_tokens=isl))]
+    for context in range(isl + 1, isl + osl):
+        every += work(model, Step(decode=batch, decode_context=context))
+    flops, moved = (sum(getattr(one, what) for one in every) for what in ("flops", "bytes"))
+    return batch * osl / max(flops / H200.bf16_flops_per_s, moved / H200.copy_bytes_per_s)
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 64), st.sampled_from([None, 50]))
+def test_the_bound_of_a_load_is_the_sum_of_its_steps(isl, osl, batch, window):
+    model = shaped(use_sliding_window=window is not None, sliding_window=window or 0, max_window_layers=4)
+    asked = Workload(kind="serve", isl=isl, osl=osl, concurrency=batch)
+    assert throughput_bound(model, asked, H200) == pytest.approx(one_by_one(model, isl, osl, batch), rel=1e-9)
+
+
+def test_one_token_out_is_a_prompt():
+    kinds = [Workload(kind=kind, isl=500, osl=1, concurrency=64) for kind in ("serve", "prefill")]
+    assert throughput_bound(LARGE, kinds[0], H200) == throughput_bound(LARGE, kinds[1], H200)
+
+
+def test_a_piece_of_a_prompt_reads_no_more_than_its_first_token_sees():
+    one = part(gemma(), Step(prefill=1, prefill_tokens=1, prefill_context=5000), "attention")
+    per_token, in_and_out = 2 * 4 * 256 * 2, 2 * 2 * 8 * 256 * 34
+    assert one.bytes == per_token * (29 * 1024 + 5 * 5001) + in_and_out

@@ -434,6 +434,39 @@ def test_what_is_known_too_roughly_is_started_again_before_no_verdict_is_given()
     assert tried()[1] <= FULL.more_starts
 
 
+def test_of_two_candidates_the_rougher_one_is_started_again():
+    class Uneven(World):
+        def try_out(self, spec):
+            self.noise = 0.12 if spec.engines == 1 else 0.005
+            return super().try_out(spec)
+
+    world = Uneven(by_engines(1000, 1085, mps=1.0))
+    world.profile()
+    assert {spec.engines for spec in world.asked if spec.repeat >= 2} == {1}
+
+
+def test_what_is_judged_at_a_smaller_load_is_not_started_again_at_the_full_one():
+    def more(slo, **changes):
+        world = World(by_engines(1000, 1085, mps=1.0), noise=0.08, **changes)
+        world.profile(slo=slo)
+        return sum(spec.repeat >= 2 for spec in world.asked)
+
+    assert more({"itl_p95": 1e6}) > 0
+    assert more({"itl_p95": 10.0}, itl_ms=lambda spec: spec.workload.concurrency / 13) == 0
+
+
+def test_the_sentence_names_the_settings_of_several_engines():
+    def rate(spec):
+        helped = 1.3 if spec.settings.api_server_count == 2 else 1.0
+        return by_engines(1000, 1500, mps=1.2)(spec) * helped
+
+    told = World(rate).profile().recommendation
+    assert told.sentence.startswith("Run 2 engines with 2 API servers under MPS")
+    assert "Tuned: 2 API servers." in told.because
+    plain = World(by_engines(1000, 1500, mps=1.2)).profile().recommendation
+    assert plain.sentence.startswith("Run 2 engines under MPS")
+
+
 def test_a_clear_verdict_needs_no_more_starts():
     world = World(by_engines(1000, 1500, mps=1.4), noise=0.01)
     world.profile()

@@ -113,6 +113,16 @@ def test_the_rates_of_engines_add_up_over_the_time_that_they_share(rates, late):
     assert found.step_ms == pytest.approx(1000 * len(rates) / sum(rates), rel=1e-6)
 
 
+def test_the_first_batch_which_began_before_the_others_did_is_left_out():
+    slow = [(0.0, 0), (2.0, 1), *[(2.0 + n / 10, 1 + 5 * n) for n in range(1, 40)]]
+    assert step_rate(trial(slow), 0).tok_per_s.value == pytest.approx(500.0, rel=1e-6)
+
+
+def test_few_marks_make_few_blocks():
+    rough = step_rate(trial(even(50.0)[:13]), 0)
+    assert rough.mean.dof == 3 and step_rate(trial(even(50.0)), 0).mean.dof == 7
+
+
 def test_two_engines_that_take_turns_overlap_nothing_and_two_that_do_not_double():
     alone = step_rate(trial(even(100.0)), 0)
     assert overlap(step_rate(trial(even(50.0), even(50.0)), 0), alone).value == pytest.approx(1.0)

@@ -55,9 +55,15 @@ def contention(raw: RawTrial) -> str | None:
         more = f"; {len(loud) - 1} more used the trial's cores too" if len(loud) > 1 else ""
         return f"{_intrusion(raw, loud[0], length_s)}{more}."
     alone = [engine for engine in range(len(raw.spec.engine_cores)) if _unexplained(raw, engine, length_s)]
-    wait = longest_wait(raw, alone)
-    if wait is None or wait.share <= _explained(_own_share(raw, wait.engine, length_s)):
+    # Each engine against its own allowance: one that waits for itself must not hide one that does not.
+    waits = [
+        found
+        for engine in alone
+        if (found := longest_wait(raw, [engine])) and found.share > _explained(_own_share(raw, engine, length_s))
+    ]
+    if not waits:
         return None
+    wait = max(waits, key=lambda one: one.share)
     own = raw.spec.engine_cores[wait.engine]
     if quiet := next((one for one in strangers if one.core in own), None):
         return f"{_intrusion(raw, quiet, length_s)}."

@@ -84,11 +84,10 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
 def unsure(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> Sequence[Contender]:
     """The candidates that are known too roughly for a verdict, by the trials so far; empty where there is one.
 
-    Only of the full load: another start there says nothing of the smaller one that an objective may decide at.
+    Only those that are judged at the full load: another start there says nothing of a smaller one.
     """
-    if manifest.question.slo:
-        return ()
-    return _recommend(*_rows(manifest, tried, outline)).rough
+    rough = _recommend(*_rows(manifest, tried, outline)).rough
+    return [one for one in rough if one.point is not None and one.point.concurrency == outline.concurrency]
 
 
 def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple[Field, list[Row], list[Candidate]]:
@@ -102,9 +101,13 @@ def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple
 def _profile(field: Field, rows: Sequence[Row]) -> Profile:
     manifest, outline = field.manifest, field.outline
     bound = None
-    if manifest.ceilings is not None and manifest.model.quantization is None:
+    # Eight-bit products are faster than the ceilings say.
+    eight_bits = manifest.model.quantization is not None or manifest.model.kv_cache_dtype.startswith("fp8")
+    if manifest.ceilings is not None and not eight_bits:
         workload = msgspec.structs.replace(manifest.question.workload, concurrency=outline.concurrency)
         bound = throughput_bound(manifest.model, workload, manifest.ceilings)
+        if any(rate(row) > bound for _, row in rows):
+            bound = None  # then the ceilings are not this GPU's
     base = field.tuned or field.default
     single = next((row for one, row in rows if one is base), None)
 

@@ -69,18 +69,22 @@ def bound_s(model: ModelFacts, step: Step, ceilings: Ceilings) -> float:
 def throughput_bound(model: ModelFacts, workload: Workload, ceilings: Ceilings) -> float:
     """Output tokens per second that no number of engines on one GPU exceeds. Raises Unfit as `work` does.
 
-    Over a long time a request costs its prompt's and its answer's operations and bytes, with the weights read once for
-    all requests in flight; half-way through its answer it attends to its prompt and half of its answer. Computing and
-    moving may overlap completely, as kernels of several engines can: the slower of the two sums is the bound. Prompts
-    of steady decode are not read.
+    Over a long time a request costs its prompt's and its answer's operations and bytes, with the weights read once a
+    step for all requests in flight. The step that ends a prompt gives its first token. Computing and moving may overlap
+    completely, as kernels of several engines can: the slower of the two sums is the bound. Prompts of steady decode are
+    not read.
     """
     isl, osl, batch = round(prompt_tokens(workload)), output_tokens(workload), workload.concurrency
     done: list[tuple[int, Work]] = []
+    steps = osl
     if workload.kind != "decode":
         done += [(1, one) for one in work(model, Step(prefill=batch, prefill_tokens=isl))]
-    if workload.kind != "prefill":
-        step = Step(decode=batch, decode_context=isl + round(osl / 2))
-        done += [(osl, one) for one in work(model, step)]
+        steps = osl - 1
+    if steps:
+        done += [(steps, one) for one in work(model, Step(decode=batch, decode_context=1)) if one.part != "attention"]
+        # Token by token the answer sees and reads what it would as a prompt that follows the first one.
+        seen = batch * sum(_pairs(isl, steps, window) for window in windows(model))
+        done.append((1, _attention_work(model, seen, seen, batch * steps)))
     flops = sum(times * one.flops for times, one in done)
     moved = sum(times * one.bytes for times, one in done)
     return batch * osl / max(flops / ceilings.bf16_flops_per_s, moved / ceilings.copy_bytes_per_s)
@@ -119,8 +123,6 @@ def _product(part: Part, name: str, layers: int, tokens: int, inputs: int, outpu
 
 
 def _attention(model: ModelFacts, step: Step) -> Work:
-    kv_bytes = 2 * model.kv_heads * model.head_dim * (1 if model.kv_cache_dtype.startswith("fp8") else ELEMENT_BYTES)
-    in_and_out = 2 * ELEMENT_BYTES * model.heads * model.head_dim
     pairs = read = 0
     for window in windows(model):
         if step.decode:
@@ -131,11 +133,18 @@ def _attention(model: ModelFacts, step: Step) -> Work:
             pairs += step.prefill * _pairs(step.prefill_context, step.prefill_tokens, window)
             before = step.prefill_context if window is None else min(step.prefill_context, window - 1)
             read += step.prefill * (before + step.prefill_tokens)
+    return _attention_work(model, pairs, read, step.tokens)
+
+
+def _attention_work(model: ModelFacts, pairs: int, read: int, tokens: int) -> Work:
+    """`pairs` of tokens and tokens that are `read`, summed over the layers, for `tokens` queries in each layer."""
+    kv_bytes = 2 * model.kv_heads * model.head_dim * (1 if model.kv_cache_dtype.startswith("fp8") else ELEMENT_BYTES)
+    in_and_out = 2 * ELEMENT_BYTES * model.heads * model.head_dim
     return Work(
         part="attention",
         name="attention",
         flops=4.0 * model.heads * model.head_dim * pairs,
-        bytes=float(kv_bytes * read + in_and_out * model.layers * step.tokens),
+        bytes=float(kv_bytes * read + in_and_out * model.layers * tokens),
     )
 
 

@@ -80,14 +80,15 @@ def sentence(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold
             if choice.thread_percentages
             else "no thread percentage"
         )
-        return f"{kept}Run {choice.engines} engines under MPS, {share}{load}: {_list(over)}.{_missed(field, choice)}"
+        several = f"{choice.engines} engines{_changed(field, choice)} under MPS"
+        return f"{kept}Run {several}, {share}{load}: {_list(over)}.{_missed(field, choice)}"
     rival = best_under_mps(ok)
     against = ""
     if rival is not None:
         against = f" MPS brings {times(rival.gain_vs_best_without_mps, threshold)} at best; {threshold:.2f}× is asked."
     if choice.engines > 1:
         gained = f"{_list(over)}.{_missed(field, choice)}"
-        return f"{kept}Run {choice.engines} engines without MPS{load}: {gained}{against}"
+        return f"{kept}Run {choice.engines} engines{_changed(field, choice)} without MPS{load}: {gained}{against}"
     what = name(field, choice)
     gained = "" if what == "1 engine" else f": {_list(over)}"
     untried = "" if rival is not None else " Several engines under MPS were not measured."
@@ -140,9 +141,8 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
         )
     if field.tuned is not None and field.default is not None and field.tuned.settings and field.default.settings:
         changes = tuning.words(field.tuned.settings, field.default.settings)
-        reasons.append(
-            f"Tuned: {', '.join(changes)}{_for_one_only(field)}." if changes else "No setting brought 3 % beyond noise."
-        )
+        kept = f"Tuned: {', '.join(changes)}{_for_one_only(field, choice, changes)}."
+        reasons.append(kept if changes else "No setting brought 3 % beyond noise.")
     base = field.tuned or field.default
     if base is not None and base.shown.measurement is not None:
         reasons += _why(base.shown, base.shown.measurement)
@@ -174,10 +174,13 @@ def _changed(field: Field, one: Candidate) -> str:
     return "" if one.settings is None else _with(one.settings, usual)
 
 
-def _for_one_only(field: Field) -> str:
-    """A note where two engines were tried with the tuned settings, and did no better for it."""
+def _for_one_only(field: Field, choice: Candidate, changes: Sequence[str]) -> str:
+    """A note where what is advised does not have these changes of the default engine."""
     outline, default = field.outline, field.manifest.settings
+    if choice.engines == 1 or choice.settings is None or set(changes) <= set(tuning.words(choice.settings, default)):
+        return ""
     tuned, several = (
         tuning.for_share(base, default, outline.concurrency, 2) for base in (outline.tuned, outline.several)
     )
-    return "" if tuned == several else " for one engine; two were not 3 % faster for it beyond noise"
+    measured = "" if tuned == several else "; two were not 3 % faster for it beyond noise"
+    return f" for one engine{measured}"

@@ -1,6 +1,6 @@
 """What this process's GPU can do at best: a large copy and a large matrix product. Prints one JSON object.
 
-`python -m advisor.shell.ceilings_worker [DEVICE]`. Medians of many repetitions, timed on the device; random numbers,
+`python -m advisor.shell.ceilings_worker [DEVICE]`. The best of many repetitions, timed on the device; random numbers,
 since products of zeros are faster. A failure is an exception: its last line says what went wrong, the exit code is 1.
 """
 
@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from statistics import median
 
 REPEATS = 20
 LARGEST_COPY_BYTES = 4 << 30
@@ -26,13 +25,13 @@ def measure(device: str, copy_bytes: int, size: int, repeats: int) -> dict[str, 
     random = {"generator": generator, "dtype": torch.bfloat16, "device": device}
     source = torch.randn(copy_bytes // 2, **random)
     target = torch.empty_like(source)
-    copy_s = _median_s(lambda: target.copy_(source), device, repeats)
+    copy_s = _best_s(lambda: target.copy_(source), device, repeats)
     a, b = torch.randn((size, size), **random), torch.randn((size, size), **random)
-    product_s = _median_s(lambda: a @ b, device, repeats)
+    product_s = _best_s(lambda: a @ b, device, repeats)
     return {"copy_bytes_per_s": 2 * copy_bytes / copy_s, "bf16_flops_per_s": 2 * size**3 / product_s}
 
 
-def _median_s(work: Callable[[], object], device: str, repeats: int) -> float:
+def _best_s(work: Callable[[], object], device: str, repeats: int) -> float:
     import torch
 
     for _ in range(3):
@@ -43,14 +42,14 @@ def _median_s(work: Callable[[], object], device: str, repeats: int) -> float:
             begin = time.perf_counter()
             work()
             taken.append(time.perf_counter() - begin)
-        return median(taken)
+        return min(taken)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         work()
         event.record()
     torch.cuda.synchronize()
-    return float(median(left.elapsed_time(right) for left, right in pairwise(events))) / 1000
+    return float(min(left.elapsed_time(right) for left, right in pairwise(events))) / 1000
 
 
 def main() -> None:
