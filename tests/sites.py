@@ -35,7 +35,7 @@ from advisor.shell.live import Live
 from advisor.shell.place import Place
 from advisor.shell.start import Start
 from advisor.shell.store import RunFolder
-from advisor.shell.trial import LoadTrial
+from advisor.shell.trial import EngineTrial
 
 SETTINGS = EngineSettings(
     max_num_batched_tokens=2048,
@@ -80,7 +80,7 @@ class Site:
         spec = self.spec(engines, mps=mps, **protocol)
         start = Start(self.place, self.nvml, spec)
         try:
-            raw = LoadTrial(start, spec, "now", say).run()
+            raw = EngineTrial(start, spec, "now", say).run()
         finally:
             ended = start.end(say)
         return ended.complete(raw)

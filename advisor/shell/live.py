@@ -21,9 +21,8 @@ from advisor.shell.lock import GpuLock
 from advisor.shell.numerics_trial import numerics_trial
 from advisor.shell.place import Place
 from advisor.shell.start import Start
-from advisor.shell.steps_trial import StepsTrial
 from advisor.shell.store import RunFolder
-from advisor.shell.trial import LoadTrial
+from advisor.shell.trial import EngineTrial
 
 
 def scratch_directory() -> Path:
@@ -79,13 +78,10 @@ class Live:
 
         if self._start is not None and not same_start(self._start.spec, spec):
             self.finish()
-        match spec.kind:
-            case "numerics":
-                self._numerics(spec, say)
-            case "steps":
-                self._load(spec, say, StepsTrial)
-            case "load":
-                self._load(spec, say, LoadTrial)
+        if spec.kind == "numerics":
+            self._numerics(spec, say)
+        else:
+            self._engines(spec, say)
         return self._recorded[key(spec)]
 
     def finish(self) -> None:
@@ -105,11 +101,11 @@ class Live:
         if interrupted.asked:
             raise KeyboardInterrupt
 
-    def _load(self, spec: TrialSpec, say: Say, trial_of: type[LoadTrial] | type[StepsTrial]) -> None:
+    def _engines(self, spec: TrialSpec, say: Say) -> None:
         try:
             if self._start is None:
                 self._start = Start(self._place, self._nvml, spec)
-            trial = trial_of(self._start, spec, now(), say)
+            trial = EngineTrial(self._start, spec, now(), say)
             raw = trial.run()
             # What is on disk has to be known as this start's last trial, for its end is written there.
             with whole():

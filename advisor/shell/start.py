@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 
 from advisor.core.errors import Unfit
-from advisor.core.records import EngineSettings, Protocol, RawTrial, Stage, Teardown, TrialSpec, Workload
+from advisor.core.records import EngineSettings, MpsEvidence, Protocol, RawTrial, Stage, Teardown, TrialSpec, Workload
 from advisor.core.settings import serve_arguments, serve_environment
 from advisor.shell import mps
 from advisor.shell.clock import Clock, now
 from advisor.shell.company import refuse_company, refuse_strangers
 from advisor.shell.engines import SERVED_NAME, EngineFailed, Engines, Launch
-from advisor.shell.gpu import Nvml
+from advisor.shell.gpu import Nvml, Sampler
 from advisor.shell.interrupts import Say, whole
 from advisor.shell.place import Place
 from advisor.shell.processes import child_environment
@@ -199,10 +199,26 @@ class Start:
         daemon = None if self._daemon is None else self._daemon.pid
         return self.engines.own_pids() | ({daemon} if daemon is not None else set())
 
-    def foreign(self, servers: Sequence[int]) -> list[int]:
-        """Processes on the GPU that are neither of these engines nor among `servers`."""
-        mine = self.engines.own_pids() | set(servers)
-        return sorted(set(self.nvml.compute_processes(self._uuid)) - mine)
+    def sampler(self) -> Sampler:
+        """What NVML says of this GPU from when it is started on, on this start's clock."""
+        intervals = self._protocol.nvml_interval_s, self._protocol.gpm_interval_s
+        return Sampler(self._uuid, self.origin_s, *intervals, self.place.manifest.gpu.gpm)
+
+    def evidence(self, before: tuple[list[int], list[int]]) -> tuple[MpsEvidence, list[int]]:
+        """Who is attached now and was `before` (as `attached` gives it), and the processes on the GPU that are neither
+        these engines nor one of those servers.
+        """
+        (clients_start, servers_start), (clients_end, servers_end) = before, self.attached()
+        mine = self.engines.own_pids() | set(servers_start) | set(servers_end)
+        foreign = sorted(set(self.nvml.compute_processes(self._uuid)) - mine)
+        seen = MpsEvidence(
+            daemon=self.daemon_answers(),
+            servers_start=servers_start,
+            servers_end=servers_end,
+            clients_start=clients_start,
+            clients_end=clients_end,
+        )
+        return seen, foreign
 
     # -- the end
 

@@ -1,4 +1,4 @@
-"""One load trial on this machine: a window against the engines of a start, and its raw record."""
+"""One trial of engines on this machine: a window against the engines of a start, and its raw record."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from advisor.shell.engines import EngineFailed
 from advisor.shell.interrupts import Say, uninterrupted
 from advisor.shell.load import LoadFailed
 from advisor.shell.start import Start
+from advisor.shell.steps_window import StepsWindow
 from advisor.shell.window import LoadWindow
 
 # How long a failed load waits for an engine's death to become visible.
 BLAME_S = 2.0
 
 
-class LoadTrial:
+class EngineTrial:
     """Runs one spec once, and launches the engines where that was not done yet.
 
     `run` returns the raw record; it raises only for a machine that is unfit, or Ctrl-C. How the engines ended is not
@@ -27,7 +28,8 @@ class LoadTrial:
     def __init__(self, start: Start, spec: TrialSpec, created: str, say: Say) -> None:
         self._start, self._spec, self._created, self._say = start, spec, created, say
         self._clock = Clock(start.origin_s)
-        self._window = LoadWindow(start, spec, self._clock, say)
+        window_of = StepsWindow if spec.kind == "steps" else LoadWindow
+        self._window = window_of(start, spec, self._clock, say)
         self._ended: Ended = "completed"
         self._detail = ""
         self.interrupted = False  # asked to stop when all was measured; the record is complete all the same
@@ -62,7 +64,12 @@ class LoadTrial:
         return "crash", str(failure)
 
     def _fail(self, ended: str, detail: str) -> None:
-        self._ended, self._detail = ending(ended), detail
+        match ended:
+            case "oom" | "crash" | "timeout" | "not_attached":
+                self._ended = ended
+            case _:
+                self._ended = "crash"
+        self._detail = detail
 
     def _record(self) -> RawTrial:
         seen = self._window.seen
@@ -87,13 +94,5 @@ class LoadTrial:
             numerics=None,
             timeline=self._clock.stages,
             started=self._start.began,
+            steps=seen.steps,
         )
-
-
-def ending(ended: str) -> Ended:
-    """How a trial ended, after what an engine failed by: what has no name of its own is a crash."""
-    match ended:
-        case "oom" | "crash" | "timeout" | "not_attached":
-            return ended
-        case _:
-            return "crash"

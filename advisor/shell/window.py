@@ -18,6 +18,7 @@ from advisor.core.records import (
     MpsEvidence,
     Protocol,
     RawLoad,
+    RawStep,
     Stranger,
     TrialSpec,
     Workload,
@@ -49,6 +50,7 @@ class Seen:
     gpu: GpuSamples | None = None
     mps: MpsEvidence | None = None
     foreign: list[int] = field(default_factory=list)
+    steps: list[RawStep] = field(default_factory=list)
 
 
 class LoadWindow:
@@ -109,13 +111,7 @@ class LoadWindow:
                 drain_timeout_s=self._protocol.drain_timeout_s,
             )
         self._load.wait_ready(60.0)
-        self._sampler = Sampler(
-            self._start.place.gpu_uuid,
-            self._clock.origin_s,
-            self._protocol.nvml_interval_s,
-            self._protocol.gpm_interval_s,
-            self._start.place.manifest.gpu.gpm,
-        )
+        self._sampler = self._start.sampler()
         self._sampler.start()
         self._load.go()
         return self._load
@@ -147,7 +143,7 @@ class LoadWindow:
         engines = self._start.engines
         decode = self._workload.kind == "decode"
         wave = self._workload.concurrency * output_tokens(self._workload)
-        clients_start, servers_start = self._start.attached()
+        attached = self._start.attached()
         engines.count()
         cpu_start, steal_start = self._cpu_times(load), steal_s()
         who_start = contention.read([row.pid for row in cpu_start])
@@ -176,19 +172,11 @@ class LoadWindow:
         who_end = contention.read([row.pid for row in cpu_end])
         self.seen.window = (start, end)
         engines.count()
-        clients_end, servers_end = self._start.attached()
-        self.seen.foreign = self._start.foreign(servers_start + servers_end)
+        self.seen.mps, self.seen.foreign = self._start.evidence(attached)
         self.seen.steal_s = max(0.0, steal_end - steal_start)
         self.seen.cpu = contention.by_thread(cpu_use(cpu_start, cpu_end), who_start, who_end)
         ours = {row.pid for row in cpu_start + cpu_end} | self._start.own_pids()
         self.seen.strangers = contention.strangers(who_start, who_end, end - start, self._cores(), ours)
-        self.seen.mps = MpsEvidence(
-            daemon=self._start.daemon_answers(),
-            servers_start=servers_start,
-            servers_end=servers_end,
-            clients_start=clients_start,
-            clients_end=clients_end,
-        )
 
     def _watch(self) -> Iterator[tuple[int, int]]:
         """Tokens and completed requests so far, a few times a second, while everything is alive and moving."""
