@@ -223,7 +223,7 @@ def plan(asked: Asked, *, as_json: bool) -> str:
         if planned.kv_bytes is None:
             break
         most_by_memory = engines
-    trials = planning.trial_plan(question, model, most_by_memory, most_by_cores, manifest.protocol)
+    trials = planning.trial_plan(question, model, most_by_memory, most_by_cores, manifest.protocol, base)
     if as_json:
         return json.dumps(text.as_dict(trials, sums), indent=2, ensure_ascii=False) + "\n"
     page = io.StringIO()

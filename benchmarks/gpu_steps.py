@@ -8,16 +8,13 @@ among the engines; of prompts each engine reads a full token budget.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
+import asking
 import msgspec
-from rich.console import Console
 
-from advisor import flow, profiling
+from advisor import flow
 from advisor.core import specs
 from advisor.core.overlap import StepRate, overlap, step_rate
-from advisor.core.records import Manifest, Report, Step, TrialSpec
+from advisor.core.records import Manifest, Step, TrialSpec
 from advisor.core.tried import judge
 from advisor.core.wording import times
 
@@ -35,18 +32,14 @@ def steps_spec(manifest: Manifest, name: str, batch: int, contexts: list[int], s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--out", required=True, type=Path)
+    parser = asking.parser(__doc__)
     parser.add_argument("--ctx", type=int, nargs="+", default=[1024])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--gpu")
-    parser.add_argument("--vllm")
     parser.add_argument("names", nargs="+", metavar="NAME")
     options = parser.parse_args()
 
-    def story(manifest: Manifest, runner: flow.Runner, **rest: object) -> Report:
+    def story(manifest: Manifest, runner: flow.Runner) -> None:
         first: dict[int, StepRate] = {}
         for name in options.names:
             spec = steps_spec(manifest, name, options.batch, options.ctx, options.seconds)
@@ -70,16 +63,8 @@ def main() -> None:
                     + (f", launched kernel by kernel: {why}" if why else ""),
                     flush=True,
                 )
-        raise SystemExit(0)
 
-    flow.profile = story
-    asked = profiling.Asked(
-        model=options.model, ctx=(max(options.ctx), None), osl=(128, None), workload="serve",
-        concurrency=options.batch, max_engines=8, thread_percentages="none", min_gain=None, slo=None,
-        dtype="auto", quantization=None, kv_cache_dtype="auto", gpu=options.gpu, weights="auto", out=options.out,
-        resume=False, vllm=options.vllm,
-    )  # fmt: skip
-    profiling.live(asked, Console(stderr=True, highlight=False))
+    asking.run(options, story, ctx=max(options.ctx), concurrency=options.batch)
 
 
 if __name__ == "__main__":

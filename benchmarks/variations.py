@@ -19,19 +19,17 @@ Figures from it stand in docs/measurement.md. It takes the same care as `profile
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import asking
 import msgspec
-from rich.console import Console
 
-from advisor import flow, profiling
+from advisor import flow
 from advisor.core import specs
 from advisor.core.estimate import half_width
-from advisor.core.records import Manifest, Report, TrialSpec
+from advisor.core.records import Manifest, TrialSpec
 from advisor.core.starts import same_start
 from advisor.core.tried import Tried, judge
 
@@ -123,20 +121,16 @@ def told(name: str, one: Tried) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--out", required=True, type=Path)
+    parser = asking.parser(__doc__)
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--workload", default="serve")
-    parser.add_argument("--gpu")
-    parser.add_argument("--vllm")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="start nothing after so many seconds")
     parser.add_argument("names", nargs="+", metavar="NAME")
     options = parser.parse_args()
     began = time.monotonic()
 
-    def story(manifest: Manifest, runner: flow.Runner, **rest: object) -> Report:
+    def story(manifest: Manifest, runner: flow.Runner) -> None:
         last = None
         for number, name in enumerate(options.names):
             if time.monotonic() - began > options.limit_s:
@@ -144,16 +138,8 @@ def main() -> None:
                 break
             last = variation(manifest, name, number, last)
             print(told(name, judge(runner.run(last))), flush=True)
-        raise SystemExit(0)
 
-    flow.profile = story
-    asked = profiling.Asked(
-        model=options.model, ctx=(options.ctx, None), osl=(128, None), workload=options.workload,
-        concurrency=options.concurrency, max_engines=8, thread_percentages="none", min_gain=None, slo=None,
-        dtype="auto", quantization=None, kv_cache_dtype="auto", gpu=options.gpu, weights="auto", out=options.out,
-        resume=False, vllm=options.vllm,
-    )  # fmt: skip
-    profiling.live(asked, Console(stderr=True, highlight=False))
+    asking.run(options, story, ctx=options.ctx, concurrency=options.concurrency, workload=options.workload)
 
 
 if __name__ == "__main__":

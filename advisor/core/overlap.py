@@ -24,7 +24,6 @@ class StepRate(Record, frozen=True):
     `graphed`: the GPU never waited for Python.
     """
 
-    engines: int
     tok_per_s: Value
     step_ms: float
     graphed: bool
@@ -57,7 +56,6 @@ def step_rate(raw: RawTrial, step: int) -> StepRate | str:
     mean = mean_of_logs(blocks)
     steps = sum(counts[-1] - counts[0] for counts in done)
     return StepRate(
-        engines=len(rows),
         tok_per_s=value_of(*mean),
         step_ms=(high - low) * len(rows) / steps * 1000,
         graphed=all(row.graphed for row in rows),

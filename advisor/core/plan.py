@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from advisor.core import tuning
 from advisor.core.model import parameters
-from advisor.core.records import ModelFacts, Protocol, Question, Record, TrialKind, Workload
-from advisor.core.search import MPS_CLIENTS
+from advisor.core.records import EngineSettings, ModelFacts, Protocol, Question, Record, TrialKind, Workload
+from advisor.core.search import LOADS, MPS_CLIENTS
 from advisor.core.workload import prompt_tokens, turnover_tokens
 
 Span = tuple[float, float]  # shortest, longest
@@ -33,7 +34,6 @@ TUNING = (
     "8 tokens per streamed piece, if it still does",
     "twice the token budget, if the GPU is busy",
 )
-LARGEST_DEFAULT_GRAPH = 512  # batch size; vLLM 0.26
 
 
 class PlannedTrial(Record, frozen=True):
@@ -59,10 +59,12 @@ def trial_plan(
     most_engines_by_memory: int,
     most_engines_by_cores: int,
     protocol: Protocol | None = None,
+    default: EngineSettings | None = None,
 ) -> list[PlannedTrial]:
     """Every trial that `profile` may run, in order; empty when not even one engine can be placed.
 
-    `most_engines_by_memory` and `most_engines_by_cores` are how many engines fit this GPU and this processor.
+    `most_engines_by_memory` and `most_engines_by_cores` are how many engines fit this GPU and this processor;
+    `default` are the default engine's settings, which tell whether its graphs reach the load.
     """
     most = min(
         most_engines_by_memory,
@@ -73,7 +75,9 @@ def trial_plan(
     )
     protocol = protocol or Protocol()
     trial_s = _trial_s(question.workload, model, protocol)
-    return list(_trials(question, model, most, trial_s, protocol)) if most >= 1 else []
+    load = question.workload.concurrency
+    larger = question.concurrency_auto or (default is not None and tuning.for_batch(default, load) != default)
+    return list(_trials(question, model, most, trial_s, protocol, larger)) if most >= 1 else []
 
 
 def total_s(plan: Sequence[PlannedTrial]) -> Span:
@@ -83,7 +87,7 @@ def total_s(plan: Sequence[PlannedTrial]) -> Span:
 
 
 def _trials(
-    question: Question, model: ModelFacts, most: int, trial_s: Span, protocol: Protocol
+    question: Question, model: ModelFacts, most: int, trial_s: Span, protocol: Protocol, larger_graphs: bool
 ) -> Iterator[PlannedTrial]:
     # Under objectives two more loads are looked at where they are just missed.
     points = len(protocol.curve) + (2 if question.slo else 0)
@@ -106,12 +110,12 @@ def _trials(
     first = "the default engine, which every gain is measured against"
     yield load(1, first, mps=False, certain=True, start_s=FIRST_START_S)
     if protocol.tune:
-        if question.workload.concurrency > LARGEST_DEFAULT_GRAPH or question.concurrency_auto:
+        if larger_graphs:
             yield load(1, "graphs up to the load", mps=False, certain=not question.concurrency_auto)
         for purpose in TUNING:
             yield load(1, purpose, mps=False)
     if question.concurrency_auto:
-        for at in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        for at in LOADS:
             yield load(1, f"the tuned engine at {at} in flight, until that brings under 5 %", mps=False)
         yield load(1, "the default and the tuned engine at the load that was found", mps=False, certain=True)
     if most >= 2:

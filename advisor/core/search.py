@@ -24,7 +24,7 @@ from advisor.core.tried import Tried, candidate, key
 WORTH_IT = 1.03
 # Another doubling of the load has to add this much (`--concurrency auto`).
 STILL_GROWS = 1.05
-LEAST_LOAD, MOST_LOAD, LOADS_OF_ONE_START = 32, 4096, 512
+LOADS, LOADS_OF_ONE_START = (32, 64, 128, 256, 512, 1024, 2048, 4096), 512
 # The first engine of a bare machine takes up to 120 s; one with another setting finds most of that done.
 RIVAL_START_TIMEOUT_S = 180.0
 # MPS plans with 48 clients at most; one engine is one client.
@@ -130,8 +130,8 @@ class Search:
 
     def _find_load(self) -> Chapter:
         """Double the load of the tuned engine until that brings under 5 %; loads of equal settings share one start."""
-        asked, best, load = self._manifest, 0.0, LEAST_LOAD
-        while load <= MOST_LOAD:
+        asked, best = self._manifest, 0.0
+        for load in LOADS:
             base = tuning.for_batch(self._tuned, load)
             # The memory for the largest of these loads, so that a larger one needs no other engine.
             roomy = specs.asking(asked, max(load, LOADS_OF_ONE_START))
@@ -142,7 +142,6 @@ class Search:
             if not result.ok or result.rate < STILL_GROWS * best:
                 break
             best, self._tuned, self._manifest = result.rate, base, specs.asking(asked, load)
-            load *= 2
 
     def _several(self, single: Tried) -> Chapter:
         """Several engines: without MPS, under MPS until another one adds too little, then the winner's variants."""
@@ -150,8 +149,7 @@ class Search:
             for mps in (False, True):
                 self._leave_out(2, mps, None, *refusal)
             return
-        default = self._manifest.settings
-        rival = tuning.for_share(self._tuned, default, self._concurrency, 2)
+        rival = self._share(self._tuned, 2)
         tuned = self._protocol.tune and tuning.bare(rival) != tuning.bare(self._for(2)) and not self._no_room(2, rival)
         if tuned:
             yield from self._measured(self._spec(2, mps=False, base=rival))
@@ -165,8 +163,8 @@ class Search:
         yield from self._measured(self._spec(engines, mps=False))
         if tuned:
             # What was chosen under MPS need not be the best without it, and that is what MPS is compared with.
-            for base in (self._tuned, default):
-                share = tuning.for_share(base, default, self._concurrency, engines)
+            for base in (self._tuned, self._manifest.settings):
+                share = self._share(base, engines)
                 if not self._no_room(engines, share):
                     yield from self._measured(self._spec(engines, mps=False, base=share))
         if self._protocol.equal_budget and (shared := tuning.shared_budget(self._for(engines), engines)):
@@ -341,7 +339,10 @@ class Search:
 
     def _for(self, engines: int) -> EngineSettings:
         """The settings for this many engines: the tuned ones, or those that were found better for several."""
-        base = self._tuned if engines == 1 else self._several_from
+        return self._share(self._tuned if engines == 1 else self._several_from, engines)
+
+    def _share(self, base: EngineSettings, engines: int) -> EngineSettings:
+        """`base` for one engine's share of the load."""
         return tuning.for_share(base, self._manifest.settings, self._concurrency, engines)
 
     def _refusal(self, engines: int) -> tuple[Outcome, str] | None:
