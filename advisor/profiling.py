@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 DEFAULT_MIN_GAIN = 0.10
 DEFAULT_MAX_ENGINES = 8
 FIRST_LOAD = 256  # what --concurrency auto tunes the engine at before it looks for the load
-DRY_RUN_GPU = "gpus/h200.yaml"
+DRY_RUN_GPU = "gpus/nvidia-h200.yaml"
 
 
 @dataclass(frozen=True)
@@ -409,12 +409,11 @@ def _manifest(
 
 
 def _ceilings(gpu: str) -> Ceilings | None:
-    """What the shipped facts say of a GPU by this name; None where they know none."""
-    for path in sorted((profiles_directory() / "gpus").glob("*.yaml")):
-        known = load_yaml(f"gpus/{path.name}")
-        if known["gpu"]["name"] == gpu:
-            return msgspec.convert(known["ceilings"], Ceilings)
-    return None
+    """What the shipped facts say of a GPU by this name, which is their file's; None where they know none."""
+    known = f"gpus/{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}.yaml"
+    if not (profiles_directory() / known).is_file():
+        return None
+    return msgspec.convert(load_yaml(known)["ceilings"], Ceilings)
 
 
 def protocol_for(objectives: Mapping[str, float]) -> Protocol:

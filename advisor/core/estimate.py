@@ -19,8 +19,8 @@ from typing import NamedTuple
 from advisor.core.intervals import LogMean, Variance, add, log_ratio, value_of
 from advisor.core.records import Measurement, Value
 
-# No two starts repeat better than this, however alike the few that were seen. Keeps intervals honest where the
-# estimate below comes out as zero by chance (tests/test_estimate.py).
+# Assumed, not measured: no two starts repeat better than this, however alike the few that were seen. Keeps intervals
+# honest where the estimate below comes out as zero by chance (tests/test_estimate.py).
 LEAST_BETWEEN_STARTS = 0.003
 
 

@@ -99,7 +99,7 @@ def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple
 
 
 def _profile(field: Field, rows: Sequence[Row]) -> Profile:
-    manifest, outline = field.manifest, field.outline
+    manifest, outline, single = field.manifest, field.outline, _single(field, rows)
     bound = None
     # Eight-bit products are faster than the ceilings say.
     eight_bits = manifest.model.quantization is not None or manifest.model.kv_cache_dtype.startswith("fp8")
@@ -108,17 +108,21 @@ def _profile(field: Field, rows: Sequence[Row]) -> Profile:
         bound = throughput_bound(manifest.model, workload, manifest.ceilings)
         if any(rate(row) > bound for _, row in rows):
             bound = None  # then the ceilings are not this GPU's
-    base = field.tuned or field.default
-    single = next((row for one, row in rows if one is base), None)
 
     def figure(value: float | None, unit: str, source: Source) -> Figure | None:
         return None if value is None else Figure(value=value, unit=unit, source=source)
 
     return Profile(
+        ceilings=manifest.ceilings,
         throughput_bound=figure(bound, unit(field), "bound"),
         gpu_idle_pct=figure(single.gpu_idle_pct if single else None, "%", "measured"),
         cpu_stall_pct=figure(single.cpu_stall_pct if single else None, "%", "bound"),
     )
+
+
+def _single(field: Field, rows: Sequence[Row]) -> Candidate | None:
+    """The best single engine; the default one where none was looked for."""
+    return next((row for one, row in rows if one is (field.tuned or field.default)), None)
 
 
 def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:
@@ -184,7 +188,7 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) 
         gain_vs_tuned=chosen.gain_vs_tuned,
         gain_vs_best_without_mps=chosen.gain_vs_best_without_mps,
         sentence=sentence(field, chosen, ok, threshold) + rival_missing(field, chosen, candidates),
-        because=because(field, chosen, ok, threshold),
+        because=because(field, chosen, ok, threshold, _single(field, rows)),
         cost_of_mps=deployment.COST_OF_MPS if chosen.mps else [],
         environment=deployment.environment(manifest, chosen),
         commands=deployment.commands(manifest, chosen),

@@ -637,10 +637,11 @@ class Figure(Record, frozen=True):
 class Profile(Record, frozen=True):
     """What was found out about the model on this GPU, beside the trials. None: not found out.
 
-    `throughput_bound` is what no number of engines exceeds, by the GPU's ceilings (see `roofline`). The others are of
-    the best single engine: how long the GPU idles, and for how much of that the host is shown to work (see `stall`).
+    `throughput_bound` is what no number of engines exceeds, by the GPU's `ceilings` (see `roofline`). The others are
+    of the best single engine: how long the GPU idles, and for how much of that the host is shown to work (see `stall`).
     """
 
+    ceilings: Ceilings | None = None
     throughput_bound: Figure | None = None
     gpu_idle_pct: Figure | None = None
     cpu_stall_pct: Figure | None = None

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from advisor.core import slo, tuning
 from advisor.core.candidates import Field
-from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Measurement, Value
-from advisor.core.stall import cpu_stall_pct
-from advisor.core.tried import Tried
+from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Value
 from advisor.core.tuning import GPU_BUSY_IDLE_PCT
 
 
@@ -20,7 +18,7 @@ def name(field: Field, one: Candidate) -> str:
         if told is not None and tuning.bare(told) != tuning.bare(default):
             text = "1 tuned engine" if tuning.bare(told) == tuning.bare(kept) else f"1 engine{_with(told, default)}"
     else:
-        usual = tuning.for_share(field.outline.several, default, field.outline.concurrency, one.engines)
+        usual = _share(field, field.outline.several, one.engines)
         text = f"{one.engines} engines{_with(told, usual) if told is not None else ''}"
     if one.mps:
         text += " under MPS"
@@ -118,8 +116,10 @@ def rival_missing(field: Field, choice: Candidate, candidates: Sequence[Candidat
     return ""
 
 
-def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold: float) -> list[str]:
-    """The reasons for the choice."""
+def because(
+    field: Field, choice: Candidate, ok: Sequence[Candidate], threshold: float, single: Candidate | None
+) -> list[str]:
+    """The reasons for the choice. `single` is the best single engine."""
     reasons = []
     best_without = max((one for one in ok if not one.mps), key=rate, default=None)
     rival = best_under_mps(ok)
@@ -143,18 +143,18 @@ def because(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold:
         changes = tuning.words(field.tuned.settings, field.default.settings)
         kept = f"Tuned: {', '.join(changes)}{_for_one_only(field, choice, changes)}."
         reasons.append(kept if changes else "No setting brought 3 % beyond noise.")
+    if single is not None:
+        reasons += _why(single)
     base = field.tuned or field.default
-    if base is not None and base.shown.measurement is not None:
-        reasons += _why(base.shown, base.shown.measurement)
     alone = next((one for one in field.all if one.ok and one.mps and one.engines == 1), None)
     if alone is not None and base is not None and (gained := field.gain(alone, base)) is not None:
         reasons.append(f"MPS itself, with one engine: {times(gained)} the same engine without it.")
     return reasons
 
 
-def _why(single: Tried, seen: Measurement) -> list[str]:
+def _why(single: Candidate) -> list[str]:
     """What the GPU waits for with one engine, which is what others can fill."""
-    idle, stall = seen.gpu_idle_pct, cpu_stall_pct(single.raw, seen)
+    idle, stall = single.gpu_idle_pct, single.cpu_stall_pct
     if idle is None:
         return []
     if idle < GPU_BUSY_IDLE_PCT:
@@ -169,9 +169,12 @@ def _why(single: Tried, seen: Measurement) -> list[str]:
 
 def _changed(field: Field, one: Candidate) -> str:
     """What sets several engines apart from as many default ones; empty where nothing does."""
-    default = field.manifest.settings
-    usual = tuning.for_share(default, default, field.outline.concurrency, one.engines)
+    usual = _share(field, field.manifest.settings, one.engines)
     return "" if one.settings is None else _with(one.settings, usual)
+
+
+def _share(field: Field, base: EngineSettings, engines: int) -> EngineSettings:
+    return tuning.for_share(base, field.manifest.settings, field.outline.concurrency, engines)
 
 
 def _for_one_only(field: Field, choice: Candidate, changes: Sequence[str]) -> str:
@@ -179,8 +182,6 @@ def _for_one_only(field: Field, choice: Candidate, changes: Sequence[str]) -> st
     outline, default = field.outline, field.manifest.settings
     if choice.engines == 1 or choice.settings is None or set(changes) <= set(tuning.words(choice.settings, default)):
         return ""
-    tuned, several = (
-        tuning.for_share(base, default, outline.concurrency, 2) for base in (outline.tuned, outline.several)
-    )
+    tuned, several = (_share(field, base, 2) for base in (outline.tuned, outline.several))
     measured = "" if tuned == several else "; two were not 3 % faster for it beyond noise"
     return f" for one engine{measured}"

@@ -458,10 +458,10 @@ def _notes(report: Report) -> Iterator[str]:
     if report.profile is not None and (bound := report.profile.throughput_bound) is not None:
         rates = [one.throughput_tok_per_s.value for one in report.candidates if one.throughput_tok_per_s]
         reached = f"; the best here reached {max(rates) / bound.value * 100:.0f} % of that" if rates else ""
-        yield (
-            f"By the GPU's ceilings no number of engines exceeds {float(f'{bound.value:.2g}'):,.0f} {bound.unit} under "
-            f"this load{reached}."
-        )
+        vendor = report.profile.ceilings is not None and report.profile.ceilings.source == "vendor"
+        whose = ", as its vendor gives them," if vendor else ""
+        most = f"{float(f'{bound.value:.2g}'):,.0f} {bound.unit}"
+        yield f"By the GPU's ceilings{whose} no number of engines exceeds {most} under this load{reached}."
     if report.core_s is not None:
         slowed = report.cores_slowed_pct or 0.0
         yield (
