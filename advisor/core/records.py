@@ -340,7 +340,10 @@ class ServerCounters(Record, frozen=True):
 
 
 class RawEngine(Record, frozen=True):
-    """One `vllm serve` process tree: what it resolved, how it ended. `exit_code` None means it never ended itself."""
+    """One `vllm serve` process tree: what it resolved, how it ended. `exit_code` None means it never ended itself.
+
+    `forked`: it was forked from a process that had vLLM imported, instead of started and importing it.
+    """
 
     engine: int
     port: int
@@ -357,6 +360,7 @@ class RawEngine(Record, frozen=True):
     exit_code: int | None
     died_s: float | None
     log_tail: list[str]
+    forked: bool = False
 
 
 class RawStep(Record, frozen=True):

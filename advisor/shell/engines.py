@@ -20,7 +20,8 @@ from typing import Any
 
 from advisor.core.errors import Unfit
 from advisor.core.records import RawEngine, ServerCounters
-from advisor.shell.processes import Known, end, start_pinned, tree, wait_gone
+from advisor.shell.processes import Child, Known, end, start_pinned, tree, wait_gone
+from advisor.shell.warm import Warm, WarmGone
 
 SERVED_NAME = "advised"
 _DEALT_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -82,7 +83,8 @@ class _Engine:
     index: int
     port: int
     launch: Launch
-    process: subprocess.Popen[bytes]
+    process: Child
+    forked: bool
     ready_s: float | None = None
     core: Known | None = None
     died_s: float | None = None
@@ -139,9 +141,15 @@ def _is_core(one: Known) -> bool:
 
 
 class Engines:
-    """The engines of one start. Times are relative to `origin_s`, a value of `time.monotonic()`."""
+    """The engines of one start. Times are relative to `origin_s`, a value of `time.monotonic()`.
 
-    def __init__(self, launches: Sequence[Launch], origin_s: float, scrub: Mapping[str, str]) -> None:
+    With `warm` they are forked from a process that has vLLM imported, else started.
+    """
+
+    def __init__(
+        self, launches: Sequence[Launch], origin_s: float, scrub: Mapping[str, str], warm: Warm | None = None
+    ) -> None:
+        self._warm = warm
         self._launches = launches
         self._origin_s = origin_s
         self._scrub = scrub
@@ -152,13 +160,14 @@ class Engines:
     def start(self) -> None:
         """Start all of them at once; they compile and capture side by side."""
         for index, (launch, port) in enumerate(zip(self._launches, port_blocks(len(self._launches)), strict=True)):
-            process = start_pinned(
-                [*launch.argv, "--host", "127.0.0.1", "--port", str(port)],
-                launch.cores,
-                {**launch.environment, "VLLM_PORT": str(port + 1)},
-                launch.log,
-            )
-            self._engines.append(_Engine(index, port, launch, process))
+            argv = [*launch.argv, "--host", "127.0.0.1", "--port", str(port)]
+            environment = {**launch.environment, "VLLM_PORT": str(port + 1)}
+            start = self._warm.spawn if self._warm is not None else start_pinned
+            try:
+                process = start(argv, launch.cores, environment, launch.log)
+            except WarmGone as gone:
+                raise EngineFailed("crash", index, f"engine {index} could not be forked: {gone}") from None
+            self._engines.append(_Engine(index, port, launch, process, forked=self._warm is not None))
 
     def wait_ready(self, timeout_s: float, on_wait: Callable[[int], None]) -> None:
         """Wait until every engine answers its health check. Raises EngineFailed (crash, oom, timeout)."""
@@ -364,6 +373,7 @@ class Engines:
             counters_end=engine.counters[-1] if len(engine.counters) > 1 else None,
             prompt_logprobs=engine.logprobs,
             exit_code=engine.process.poll(),
+            forked=engine.forked,
             died_s=engine.died_s,
             log_tail=self._tail(text[engine.log_from :]),
         )

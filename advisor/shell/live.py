@@ -20,9 +20,11 @@ from advisor.shell.interrupts import Say, uninterrupted, whole
 from advisor.shell.lock import GpuLock
 from advisor.shell.numerics_trial import numerics_trial
 from advisor.shell.place import Place
+from advisor.shell.processes import child_environment
 from advisor.shell.start import Start
 from advisor.shell.store import RunFolder
 from advisor.shell.trial import EngineTrial
+from advisor.shell.warm import Warm, python_of
 
 
 def scratch_directory() -> Path:
@@ -44,6 +46,8 @@ class Live:
         self._nvml = Nvml()
         self._start: Start | None = None
         self._last: tuple[Path, RawTrial] | None = None  # the last trial of this start that is on record
+        self._warm: Warm | None = None
+        self._forks = True  # whether engines may be forked: until that has failed
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
@@ -60,6 +64,7 @@ class Live:
         try:
             self.finish()
         finally:
+            self._cool()
             self._nvml.__exit__(kind, error, trace)
             self._lock.__exit__(kind, error, trace)
             shutil.rmtree(self._place.scratch, ignore_errors=True)
@@ -104,7 +109,7 @@ class Live:
     def _engines(self, spec: TrialSpec, say: Say) -> None:
         try:
             if self._start is None:
-                self._start = Start(self._place, self._nvml, spec)
+                self._start = Start(self._place, self._nvml, spec, self._forked_from(say))
             trial = EngineTrial(self._start, spec, now(), say)
             raw = trial.run()
             # What is on disk has to be known as this start's last trial, for its end is written there.
@@ -117,8 +122,25 @@ class Live:
             raise
         if raw.ended != "completed" or trial.interrupted:
             self.finish()
+        if raw.ended in ("crash", "timeout") and any(one.forked and one.ready_s is None for one in raw.engines):
+            # Forking may be to blame: what it did not bring up is started the slow way from now on.
+            self._cool()
         if trial.interrupted:
             raise KeyboardInterrupt
+
+    def _forked_from(self, say: Say) -> Warm | None:
+        """What engines are forked from; None where they have to be started."""
+        if self._forks and self._warm is None:
+            say("importing vLLM")
+            self._warm = _warm(self._place)
+            if self._warm is None or not self._warm.ready():
+                self._cool()
+        return self._warm
+
+    def _cool(self) -> None:
+        warm, self._warm, self._forks = self._warm, None, False
+        if warm is not None:
+            warm.close()
 
     def _numerics(self, spec: TrialSpec, say: Say) -> None:
         raw, interrupted = numerics_trial(self._place, self._nvml, spec, say)
@@ -128,6 +150,14 @@ class Live:
             _refuse_leftovers(raw.teardown, slug(spec))
         if interrupted:
             raise KeyboardInterrupt
+
+
+def _warm(place: Place) -> Warm | None:
+    python = python_of(place.vllm_command)
+    if python is None:
+        return None
+    environment = child_environment({"CUDA_VISIBLE_DEVICES": place.gpu_uuid})
+    return Warm(place.vllm_command, python, environment, place.scratch / "warm.log")
 
 
 def _refuse_leftovers(left: Teardown, trial: str) -> None:

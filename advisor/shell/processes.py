@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -52,13 +53,26 @@ def inherited() -> dict[str, str]:
     }
 
 
-def start_pinned(
-    argv: Sequence[str], cores: Sequence[int], environment: Mapping[str, str], log: Path
-) -> subprocess.Popen[bytes]:
+class Child(Protocol):
+    """What is used of `subprocess.Popen`, for processes that were started and for those that were forked."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+
+
+def pinned(argv: Sequence[str], cores: Sequence[int]) -> list[str]:
+    """The command line that runs `argv` on these cores (none: on any), and ends it when this process ends."""
+    return [sys.executable, "-c", _PIN_AND_EXEC, ",".join(map(str, cores)), *argv]
+
+
+def start_pinned(argv: Sequence[str], cores: Sequence[int], environment: Mapping[str, str], log: Path) -> Child:
     """Start a program on these cores, in a session of its own, both outputs into `log`."""
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-c", _PIN_AND_EXEC, ",".join(map(str, cores)), *argv],
+            pinned(argv, cores),
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -99,9 +113,7 @@ def tree(pid: int) -> list[Known]:
         return []
 
 
-def wait_gone(
-    processes: Iterable[Known], timeout_s: float, poll: Iterable[subprocess.Popen[bytes]] = ()
-) -> list[Known]:
+def wait_gone(processes: Iterable[Known], timeout_s: float, poll: Iterable[Child] = ()) -> list[Known]:
     """Wait until these are gone; returns those that are not. `poll` are children of ours to reap meanwhile."""
     deadline = time.monotonic() + timeout_s
     waiting, children = list(processes), list(poll)
@@ -114,7 +126,7 @@ def wait_gone(
         time.sleep(0.05)
 
 
-def end(processes: Sequence[Known], timeout_s: float, poll: Sequence[subprocess.Popen[bytes]] = ()) -> list[str]:
+def end(processes: Sequence[Known], timeout_s: float, poll: Sequence[Child] = ()) -> list[str]:
     """End processes: SIGTERM, wait, SIGKILL for what is left, wait. Returns the steps that were needed."""
     steps: list[str] = []
     left = [one for one in processes if one.alive]

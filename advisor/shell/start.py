@@ -24,6 +24,7 @@ from advisor.shell.gpu import Nvml, Sampler
 from advisor.shell.interrupts import Say, whole
 from advisor.shell.place import Place
 from advisor.shell.processes import child_environment
+from advisor.shell.warm import Warm
 
 # The fixed prompts whose log-probabilities show that two engines compute the same: long enough for the
 # attention kernel to work, few enough to cost nothing.
@@ -54,14 +55,17 @@ class Ended:
 class Start:
     """The engines of `spec`, for as many windows as are wanted of them. Whoever makes one has to `end` it.
 
-    `began` names it in records. Its times are seconds since it began. Raises Unfit when others use the GPU.
+    With `warm` they are forked from that. `began` names the start in records; its times are seconds since then. Raises
+    Unfit when others use the GPU.
     """
 
-    def __init__(self, place: Place, nvml: Nvml, spec: TrialSpec) -> None:
+    def __init__(self, place: Place, nvml: Nvml, spec: TrialSpec, warm: Warm | None = None) -> None:
         if spec.settings is None or spec.workload is None or spec.protocol is None:
             raise ValueError("a trial with engines needs settings, workload and protocol")
         self.spec = spec
         self.place, self.nvml = place, nvml
+        # A worker extension is found through the search path, which a process has read when it is forked.
+        self._warm = warm if spec.kind == "load" else None
         self._settings: EngineSettings = spec.settings
         self._workload: Workload = spec.workload
         self._protocol: Protocol = spec.protocol
@@ -93,7 +97,7 @@ class Start:
         """Start daemon and engines, and wait until all engines are ready. Raises EngineFailed, Unfit."""
         with whole():
             environment = self._start_daemon()
-            self._engines = Engines(self._launches(environment), self.origin_s, self.place.scrub)
+            self._engines = Engines(self._launches(environment), self.origin_s, self.place.scrub, self._warm)
             self._engines.start()
         total = self.spec.engines + self.spec.idle_engines
         self._engines.wait_ready(
@@ -131,6 +135,7 @@ class Start:
                         **mps_environment,
                         **serve_environment(self._settings),
                         **inside,
+                        **(self._warm.environment if self._warm else {}),
                         "CUDA_VISIBLE_DEVICES": self._uuid,
                         "MPS_ADVISOR_ENGINE": str(index),
                     }
