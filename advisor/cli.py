@@ -5,7 +5,6 @@ Heavy imports wait inside the commands, so that `--help` stays fast.
 
 from __future__ import annotations
 
-import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 
 from advisor import __version__
 from advisor.core.errors import AdvisorError, BadQuestion
+from advisor.shell.interrupts import stop_on_signals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -276,15 +276,9 @@ def _stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line; every failure that a user can act on is one line on stderr."""
-    # SIGINT too: a script that starts us in the background has it ignored, and would have no way to stop us cleanly.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    stop_on_signals()
     try:
         code = app(standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # Typer answers an interrupt by itself, without a word

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from advisor import flow, profiling
 from advisor.core.records import Manifest, Report, WorkloadKind
+from advisor.shell.interrupts import stop_on_signals
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -37,6 +38,7 @@ def run(
         raise SystemExit(0)
 
     flow.profile = told
+    stop_on_signals()
     asked = profiling.Asked(
         model=options.model, ctx=(ctx, None), osl=(128, None), workload=workload, concurrency=concurrency,
         max_engines=8, thread_percentages="none", min_gain=None, slo=None, dtype="auto", quantization=None,

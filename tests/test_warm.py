@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,19 @@ def test_a_process_whose_imports_left_a_thread_running_is_not_forked(tmp_path, m
     warm = Warm(command, [sys.executable], environment, tmp_path / "warm.log")
 
     assert warm.ready() is False
+    warm.close()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="builds a stand-in for the driver's library")
+@pytest.mark.parametrize(("answer", "fit"), [(3, True), (0, False)])
+def test_a_process_in_which_cuda_is_initialised_is_not_forked(tmp_path, answer, fit):
+    source = tmp_path / "cuda.c"
+    source.write_text(f"int cuDeviceGetCount(int *count) {{ return {answer}; }}")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
+    environment = child_environment({"LD_LIBRARY_PATH": str(tmp_path)})
+    warm = Warm(script(tmp_path, TELL), [sys.executable], environment, tmp_path / "warm.log")
+
+    assert warm.ready() is fit
     warm.close()
 
 

@@ -10,6 +10,22 @@ from types import FrameType
 Say = Callable[[str], None]
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stop_on_signals() -> None:
+    """Answer each of them as Ctrl-C is answered: by cleaning up.
+
+    SIGINT too: a script that starts us in the background has it ignored, and would have no way to stop us cleanly.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 class Interrupted:
     """Whether somebody asked to stop while that could not be done."""
 
@@ -25,7 +41,7 @@ def uninterrupted(say: Say) -> Iterator[Interrupted]:
         interrupted.asked = True
         say("still cleaning up the GPU; please wait")
 
-    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, answer) for number in SIGNALS}
     try:
         yield interrupted
     finally:

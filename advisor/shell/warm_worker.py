@@ -24,7 +24,7 @@ import selectors  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import warnings  # noqa: E402
 from typing import Any, TextIO  # noqa: E402
 
 # What `vllm serve` and its engine core import. Not the command line itself: that is run, not imported.
@@ -42,6 +42,7 @@ MODULES = (
 )
 THREADS_END_S = 20.0  # threads that imports have started, and that must not be forked in the middle of their work
 _PR_SET_PDEATHSIG = 1
+_CUDA_ERROR_NOT_INITIALIZED = 3
 
 
 def main() -> None:
@@ -74,15 +75,16 @@ def fit() -> bool:
     deadline = time.monotonic() + THREADS_END_S
     while threading.active_count() > 1 and time.monotonic() < deadline:
         time.sleep(0.05)
-    return threading.active_count() == 1 and not any(map(_is_cuda, Path("/proc/self/fd").iterdir()))
+    return threading.active_count() == 1 and not cuda_is_initialised()
 
 
-def _is_cuda(descriptor: Path) -> bool:
-    """Whether the CUDA driver opened it when it was initialised; NVML, which may be used here, opens others."""
+def cuda_is_initialised() -> bool:
+    """Whether anything in this process has called cuInit: every other call says that it has not been, until then."""
     try:
-        return str(descriptor.readlink()).startswith("/dev/nvidia-uvm")
-    except OSError:
-        return False
+        answer = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
+    except (OSError, AttributeError):
+        return False  # no driver that could be initialised
+    return bool(answer != _CUDA_ERROR_NOT_INITIALIZED)
 
 
 def serve(answers: TextIO) -> dict[str, Any] | None:
@@ -110,7 +112,10 @@ def serve(answers: TextIO) -> dict[str, Any] | None:
                 *lines, text = (text + read).split(b"\n")
                 for line in lines:
                     parent = os.getpid()
-                    pid = os.fork()
+                    with warnings.catch_warnings():
+                        # Python warns of threads; those that are left here are idle pools of libraries.
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                        pid = os.fork()
                     if pid == 0:
                         signal.set_wakeup_fd(-1)
                         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
