@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from advisor.core import search
 from advisor.core.errors import NotRecorded
+from advisor.core.outline import Outline
 from advisor.core.recommend import conclude
 from advisor.core.records import Manifest, Question, RawTrial, Report, TrialSpec
-from advisor.core.tried import Tried, is_retry, judge
+from advisor.core.tried import Tried, candidate, is_retry, judge, key
 
 
 class Runner(Protocol):
     """Live or replay: both give raw evidence, nothing more."""
 
     def run(self, spec: TrialSpec) -> RawTrial: ...
+
+    def recorded(self) -> Iterable[RawTrial]:
+        """Every trial that this run holds."""
+        ...
 
 
 def profile(
@@ -43,7 +48,7 @@ def profile(
             spec = _next(story, spec, runner, tried, on_trial)
         except StopIteration as end:
             finish()
-            complete = [_completed(one, runner) for one in tried]
+            complete = [_completed(one, runner) for one in tried] + _further(tried, runner, end.value)
             asked = msgspec.structs.replace(manifest, question=judged_by or manifest.question)
             return conclude(asked, complete, end.value, created=created, replayed=replayed)
 
@@ -69,3 +74,19 @@ def _completed(one: Tried, runner: Runner) -> Tried:
     """A trial as it is on record now: how its engines ended may have been added after it was judged."""
     raw = runner.run(one.spec)
     return one if raw is one.raw else judge(raw)
+
+
+def _further(tried: Sequence[Tried], runner: Runner, outline: Outline) -> list[Tried]:
+    """Recorded starts of the candidates that the story did not ask for, because today's rules were sure without them.
+
+    All that was measured counts: leaving it out would choose among the evidence.
+    """
+    known, candidates = {key(one.spec) for one in tried}, {candidate(one.spec) for one in tried}
+    return [
+        judge(raw)
+        for raw in runner.recorded()
+        if raw.spec.workload is not None
+        and raw.spec.workload.concurrency == outline.concurrency
+        and key(raw.spec) not in known
+        and candidate(raw.spec) in candidates
+    ]

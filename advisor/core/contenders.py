@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from advisor.core import numerics, slo
+from advisor.core.contention import HostSpeed, all_slowed, host_speed
 from advisor.core.estimate import Estimate, estimate, spread
 from advisor.core.intervals import Variance
 from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
@@ -25,13 +26,14 @@ class Contender:
     """
 
     attempts: list[Tried]  # at full load, in order, accidents included
-    starts: list[Tried]  # those of them that count
+    starts: list[Tried]  # those of them that worked
     shown: Tried
     rate: float  # what it is chosen by, its first start's tokens/s; 0.0 if it cannot be chosen
     estimate: Estimate | None
     point: CurvePoint | None = None  # at the load that decides
     curve: list[CurvePoint] = field(default_factory=list)
     nearest: CurvePoint | None = None
+    set_aside: list[Tried] = field(default_factory=list)  # starts that are not quoted because of slow cores
 
     @property
     def engines(self) -> int:
@@ -75,12 +77,34 @@ def contenders(loads: Sequence[Tried], concurrency: int, objectives: Mapping[str
     for one in loads:
         groups.setdefault(candidate(one.spec), []).append(one)
     full = {name: [one for one in group if _load(one) == concurrency] for name, group in groups.items()}
-    between = spread([_measurements([one for one in group if one.ok]) for group in full.values()])
+    host = host_speed([one.raw for one in loads])
+    met = {name: attempts for name, attempts in full.items() if attempts}  # others only while the load was looked for
+    between = _between([_undisturbed([one for one in attempts if one.ok], host) for attempts in met.values()])
     return [
-        _contender(attempts, groups[name], concurrency, objectives, between)
-        for name, attempts in full.items()
-        if attempts  # others were only met while the load was being looked for
+        _contender(attempts, groups[name], concurrency, objectives, between[attempts[0].spec.engines > 1], host)
+        for name, attempts in met.items()
     ]
+
+
+def _between(candidates: Sequence[Sequence[Tried]]) -> dict[bool, Variance]:
+    """How starts differ, for one engine (False) and for several: one engine that waits for its host's cores takes all
+    of their changes, several wait in turns (docs/measurement.md). Where none of a kind was started twice, as for all.
+    """
+    kinds = {
+        several: [_measurements(starts) for starts in candidates if starts and (starts[0].spec.engines > 1) == several]
+        for several in (False, True)
+    }
+    every = [starts for kind in kinds.values() for starts in kind]
+    return {
+        several: spread(kind if any(len(starts) > 1 for starts in kind) else every) for several, kind in kinds.items()
+    }
+
+
+def _undisturbed(starts: list[Tried], host: HostSpeed | None) -> list[Tried]:
+    """Those of a candidate's starts that count: what it gave while nearly all cores were slow says something of the
+    host at that moment, and is set aside where there is another start. Told by the cores, never by the rate.
+    """
+    return [one for one in starts if not all_slowed(one.raw, host)] or starts
 
 
 def _contender(
@@ -89,12 +113,14 @@ def _contender(
     concurrency: int,
     objectives: Mapping[str, float],
     between: Variance,
+    host: HostSpeed | None,
 ) -> Contender:
     starts = [one for one in attempts if one.ok]
-    at_load: dict[int, list[Tried]] = {concurrency: starts}
+    at_load: dict[int, list[Tried]] = {concurrency: _undisturbed(starts, host)}
     for one in everything:
         if one.ok and _load(one) != concurrency:
             at_load.setdefault(_load(one), []).append(one)
+    aside = [one for one in starts if one not in at_load[concurrency]]
 
     def known(group: list[Tried]) -> Estimate:
         return estimate(_measurements(_quoted(group)), between)
@@ -105,11 +131,13 @@ def _contender(
     keeping = [load for load in points if slo.meets(points[load], objectives)]
     if not keeping:
         nearest = min(points.values(), key=lambda point: slo.worst(point, objectives)[0], default=None)
-        return Contender(attempts, starts, _quoted(starts or attempts[-1:])[0], 0.0, None, None, curve, nearest)
+        shown = _quoted(at_load[concurrency] or attempts[-1:])[0]
+        return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest, aside)
     # Without objectives the full load decides, whatever smaller ones gave.
     load = concurrency if not objectives and starts else max(keeping, key=lambda one: measured[one][0].rate)
     group = measured[load]
-    return Contender(attempts, starts, _quoted(group)[0], group[0].rate, known(group), points[load], curve)
+    shown, rate = _quoted(group)[0], group[0].rate
+    return Contender(attempts, starts, shown, rate, known(group), points[load], curve, set_aside=aside)
 
 
 def _quoted(group: list[Tried]) -> list[Tried]:

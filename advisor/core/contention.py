@@ -163,3 +163,9 @@ def host_speed(raws: Sequence[RawTrial]) -> HostSpeed | None:
         return None
     full = seconds[len(seconds) // 4]
     return HostSpeed(full, sum(one >= SLOWED_RATIO * full for one in seconds) / len(seconds))
+
+
+def all_slowed(raw: RawTrial, host: HostSpeed | None) -> bool:
+    """Whether three quarters of the trial's engine cores took half as long again as this host's cores do."""
+    one = host_speed([raw])
+    return one is not None and host is not None and one.core_s >= SLOWED_RATIO * host.core_s

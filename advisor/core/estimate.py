@@ -2,9 +2,9 @@
 
 Blocks of one window say how steady that start was, not how far the next start would be from it. A start's rate has
 both errors: that of its window, which its own blocks tell, and that of starts about their candidate, which is taken
-from all candidates of a run that were started more than once: one candidate's two starts alone would leave one degree
-of freedom. What two starts differ by beyond what their windows explain is the second; so a candidate that waits for
-the CPU, whose windows are rough, does not make the others look rough as well. Pure.
+from all candidates of its kind that were started more than once: one candidate's two starts alone would leave one
+degree of freedom. What two starts differ by beyond what their windows explain is the second; so a candidate that waits
+for the CPU, whose windows are rough, does not make the others look rough as well. Pure.
 
 The best of several candidates was in part lucky, and the start that chose it holds that luck in all of its blocks:
 starts differ more than blocks do. So what chose a candidate, its first start, is not part of what is quoted of it.
@@ -27,7 +27,7 @@ LEAST_BETWEEN_STARTS = 0.003
 class Estimate(NamedTuple):
     """A candidate's rate over its starts, on logarithms as in `intervals`, with its two errors.
 
-    `window` is this candidate's own, `between` comes from the run's starts and is one estimate for all candidates.
+    `window` is this candidate's own, `between` comes from the starts of its kind and is one estimate for all of it.
     """
 
     log_mean: float
@@ -84,7 +84,8 @@ def estimate(starts: Sequence[Measurement], between: Variance) -> Estimate:
 def gain(one: Estimate, base: Estimate) -> Value:
     """How many times the base's rate, with its 90 % interval.
 
-    The errors between starts are one estimate used twice: its degrees of freedom do not add up as independent ones do.
+    The errors between starts may be one estimate used twice, whose degrees of freedom do not add up as independent ones
+    do; the fewer ones are taken for both.
     """
     between = Variance(one.between.variance + base.between.variance, min(one.between.dof, base.between.dof))
     variance, dof = add([one.window, base.window, between])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -37,8 +37,9 @@ from advisor.core.wording import because, name, rate, rival_missing, sentence, t
 AS_GOOD = 1.03
 # An interval that straddles the threshold and is wider than this decides nothing.
 TOO_WIDE = 0.03
-# Nor does one that cannot tell two candidates apart and is wider than this.
-TOO_WIDE_TO_TIE = 0.05
+# Two that cannot be told apart are as good if their ratio is known to this, or if no more than a gain that is not worth
+# its while (--min-gain) can be lost with the simpler one.
+TIE_WIDTH = 0.05
 
 
 Row = tuple[Contender, Candidate]
@@ -82,12 +83,37 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
 
 
 def unsure(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> Sequence[Contender]:
-    """The candidates that are known too roughly for a verdict, by the trials so far; empty where there is one.
+    """The candidates that are known too roughly, by the trials so far: for a verdict, or where there is one, for the
+    protocol's precision of the gains that it quotes. Empty where all is known well enough.
 
     Only those that are judged at the full load: another start there says nothing of a smaller one.
     """
-    rough = _recommend(*_rows(manifest, tried, outline)).rough
+    field, rows, missing = _rows(manifest, tried, outline)
+    verdict = _recommend(field, rows, missing)
+    rough = verdict.rough or _rough_gain(field, verdict.choice)
     return [one for one in rough if one.point is not None and one.point.concurrency == outline.concurrency]
+
+
+def _rough_gain(field: Field, choice: Contender | None) -> Sequence[Contender]:
+    """The two candidates of the quoted gain that is known worst; none where all are known as the protocol asks."""
+    wanted = field.manifest.protocol.gain_precision
+    if choice is None or wanted is None:
+        return []
+    shared = [one for one in field.all if one.mps and one.ok and one.engines > 1 and field.eligible(one)]
+    under_mps = max(shared, key=lambda one: one.rate, default=choice)
+    pairs = [
+        (choice, field.default),
+        (choice, field.tuned),
+        (choice, field.best_without),
+        (under_mps, field.best_without),
+    ]
+    known = [
+        (half_width(gained), [one, base])
+        for one, base in pairs
+        if base is not None and (gained := field.gain(one, base)) is not None
+    ]
+    width, found = max(known, key=lambda pair: pair[0], default=(0.0, []))
+    return found if width > wanted else []
 
 
 def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple[Field, list[Row], list[Candidate]]:
@@ -148,23 +174,15 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) 
     allowed = [(one, row) for one, row in running if not one.mps or alone or _clears(row, threshold)]
     if not allowed:
         return _inconclusive("nothing without MPS was started often enough to compare MPS with")
-    best, best_row = max(allowed, key=lambda pair: pair[0].rate)
-    choice, chosen = best, best_row
-    for one, candidate in sorted(allowed, key=lambda pair: _simplicity(field, pair[1])):
-        if _simplicity(field, candidate) >= _simplicity(field, best_row):
-            break
-        behind = _gain_over(best, one)
-        as_good, apart = behind.value <= AS_GOOD, behind.low is not None and behind.low > 1.0
-        if (as_good or not apart) and half_width(behind) <= TOO_WIDE_TO_TIE:
-            choice, chosen = one, candidate
-            break
-        if not apart:
-            return _inconclusive(
-                f"{name(field, best_row)} gives {times(behind)} {name(field, candidate)}, "
-                "too uncertain to say which is faster",
-                best,
-                one,
-            )
+    choice, chosen, doubted = _choose(field, allowed, threshold)
+    if doubted is not None:
+        other, row = doubted
+        return _inconclusive(
+            f"{name(field, row)} gives {times(_gain_over(other, choice))} {name(field, chosen)}, "
+            "too uncertain to say which is faster",
+            other,
+            choice,
+        )
     if failed := _faster_but_alone(field, rows, choice):
         return _inconclusive(failed)
     undecided = [(one, row) for one, row in running if one.mps and not choice.mps and _undecided(row, threshold)]
@@ -194,6 +212,32 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) 
         commands=deployment.commands(manifest, chosen),
     )
     return Verdict(advised, choice)
+
+
+def _choose(field: Field, allowed: Sequence[Row], threshold: float) -> tuple[Contender, Candidate, Row | None]:
+    """The simplest that nothing less simple beats beyond noise; and the fastest of which that cannot be told, if any.
+
+    Which candidates there are to choose from was decided by first starts; this is decided by the later ones.
+    """
+    first, *others = sorted(allowed, key=lambda row: (_simplicity(field, row[1]), -row[0].rate))
+    chosen, doubted = first, []
+    for one in others:
+        match _compare(_gain_over(one[0], chosen[0]), threshold):
+            case "better":
+                chosen = one
+            case "unclear":
+                doubted.append(one)
+    left = [one for one in doubted if _compare(_gain_over(one[0], chosen[0]), threshold) == "unclear"]
+    return *chosen, max(left, key=lambda one: one[0].rate, default=None)
+
+
+def _compare(gained: Value, threshold: float) -> Literal["better", "no better", "unclear"]:
+    """Whether this is a gain: beyond noise and beyond what is as good."""
+    if gained.low is not None and gained.low > 1.0 and gained.value > AS_GOOD:
+        return "better"
+    if half_width(gained) <= TIE_WIDTH or (gained.high or math.inf) <= threshold:
+        return "no better"
+    return "unclear"
 
 
 def _inconclusive(why: str, *rough: Contender | None) -> Verdict:

@@ -27,7 +27,7 @@ Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused
 CautionCode = Literal[
     "coalesced", "coarse_stream", "cpu_contention", "drift", "dummy_weights", "load_busy", "memory_left",
     "not_measured", "power_capped", "preemptions", "processes_left", "repeated", "settings_unverified", "start_failed",
-    "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines", "young_front_end",
+    "slow_cores", "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines", "young_front_end",
 ]  # fmt: skip
 Status = Literal["recommend", "inconclusive", "infeasible", "no_slo"]
 
@@ -163,7 +163,8 @@ class Protocol(Record, frozen=True):
     curve_min_s: float = 8.0  # shortest window of such a point
     precision: float = 0.0  # a quoted window goes on until its interval is at most ± this share; 0: it does not
     precise_max_s: float = 60.0  # but no longer than this for that reason alone
-    more_starts: int = 0  # at most, of what is known too roughly for a verdict
+    more_starts: int = 0  # at most, of what is known too roughly
+    gain_precision: float | None = None  # what half of a quoted gain's interval may be; None: whatever decides
     first_precision: float = 0.0  # the same for first starts, which only choose
     first_min_s: float | None = None  # their shortest window; None: as `measure_min_s`
     first_max_s: float = 20.0
@@ -175,10 +176,12 @@ FULL = Protocol(
     equal_budget=True,
     curve=[0.25, 0.5],
     precision=0.02,
-    precise_max_s=45.0,
+    # Where starts differ by more than a window's blocks say, another start tells more than a longer window.
+    precise_max_s=30.0,
     first_precision=0.03,
     first_min_s=8.0,
-    more_starts=2,
+    more_starts=6,
+    gain_precision=0.05,
     # Where one engine waits for cores that change their speed, halves of 30 s windows were up to 0.25 apart (4 of 38
     # were above 0.15): rough, but the blocks' interval says so.
     unsteady_log=0.30,

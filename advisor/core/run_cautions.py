@@ -9,6 +9,7 @@ import msgspec
 
 from advisor.core.candidates import Field
 from advisor.core.cautions import caution, teardown_cautions
+from advisor.core.contention import host_speed
 from advisor.core.estimate import ratio_of_windows
 from advisor.core.records import ACCIDENTS, Caution, EngineSettings
 from advisor.core.tried import Tried, slug
@@ -21,7 +22,14 @@ CERTAIN = 1.6
 
 def cautions(field: Field, tried: Sequence[Tried], advised: EngineSettings | None) -> list[Caution]:
     """Every caution of a trial once, with the trials it was seen in; then those of the run and of what is advised."""
-    return [*_of_trials(tried), *_not_measured(field), *_repeated(field), *_drift(field), *_settings(field, advised)]
+    return [
+        *_of_trials(tried),
+        *_not_measured(field),
+        *_repeated(field),
+        *_set_aside(field, tried),
+        *_drift(field),
+        *_settings(field, advised),
+    ]
 
 
 def _of_trials(tried: Sequence[Tried]) -> Iterator[Caution]:
@@ -61,10 +69,23 @@ def _repeated(field: Field) -> Iterator[Caution]:
             )
 
 
+def _set_aside(field: Field, tried: Sequence[Tried]) -> Iterator[Caution]:
+    host = host_speed([one.raw for one in tried if one.spec.kind == "load"])
+    for contender in field.all:
+        for start in contender.set_aside:
+            there = host_speed([start.raw])
+            if host is not None and there is not None:
+                yield caution(
+                    "slow_cores",
+                    f"{slug(start.spec)} gave {start.rate:,.0f} tokens/s while nearly all cores were slow "
+                    f"({there.core_s * 1000:.1f} ms for what takes {host.core_s * 1000:.1f}); other starts are quoted.",
+                )
+
+
 def _drift(field: Field) -> Iterator[Caution]:
     """The same engines, started again: what changed in between, beyond what their own windows vary, is the machine."""
     for one in field.all:
-        seen = [start.measurement for start in one.starts if start.measurement is not None]
+        seen = [s.measurement for s in one.starts if s.measurement is not None and s not in one.set_aside]
         if len(seen) < 2:
             continue
         ratio = ratio_of_windows(seen[-1], seen[0])

@@ -273,7 +273,7 @@ class Search:
             yield from self._once_more(default, curve=near and single is default)
 
     def _until_sure(self) -> Chapter:
-        """Where two candidates are known too roughly for a verdict, start the rougher one again, a few times."""
+        """Where two candidates are known too roughly, start the rougher one again, a few times."""
         for _ in range(self._protocol.more_starts):
             rough = [one for one in unsure(self._manifest, self._tried, self._outline()) if one.attempts[-1].ok]
             if not rough:

@@ -180,8 +180,11 @@ def _share(field: Field, base: EngineSettings, engines: int) -> EngineSettings:
 def _for_one_only(field: Field, choice: Candidate, changes: Sequence[str]) -> str:
     """A note where what is advised does not have these changes of the default engine."""
     outline, default = field.outline, field.manifest.settings
-    if choice.engines == 1 or choice.settings is None or set(changes) <= set(tuning.words(choice.settings, default)):
+    if choice.settings is None or set(changes) <= set(tuning.words(choice.settings, default)):
         return ""
+    if choice.engines == 1:
+        gained = field.gain(field.tuned, field.default) if field.tuned else None
+        return f"; {times(gained)} in later starts, and so not advised"
     tuned, several = (_share(field, base, 2) for base in (outline.tuned, outline.several))
     measured = "" if tuned == several else "; two were not 3 % faster for it beyond noise"
     return f" for one engine{measured}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -88,6 +88,10 @@ class Live:
         else:
             self._engines(spec, say)
         return self._recorded[key(spec)]
+
+    def recorded(self) -> Iterable[RawTrial]:
+        """What the run folder holds, from before and from now."""
+        return self._recorded.values()
 
     def finish(self) -> None:
         """End the engines that are kept, if any, and put on record how that went.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from advisor.core.errors import NotRecorded
@@ -26,6 +27,9 @@ class Replay:
                 + ", ".join(slug(raw.spec) for raw in self._recorded.values())
             )
         return found
+
+    def recorded(self) -> Iterable[RawTrial]:
+        return self._recorded.values()
 
 
 def shipped_runs() -> list[RunFolder]:
