@@ -16,6 +16,7 @@ from test_terminal import SETTINGS, report
 from advisor.core.cores import most_engines
 from advisor.core.plan import total_s, trial_plan
 from advisor.core.records import (
+    FULL,
     Manifest,
     Measurement,
     NumericsResult,
@@ -206,6 +207,14 @@ def test_no_plan_exceeds_a_limit_and_its_times_are_ranges(asked, memory, cores):
     low, high = total_s(trials)
     assert low <= high
     assert all(cell_len(line) <= 80 for line in screen(trials).splitlines())
+
+
+def test_trials_that_are_alike_stand_in_one_row():
+    trials = plan(protocol=msgspec.structs.replace(FULL, more_starts=6))
+    text = " ".join(screen(trials).split())
+    assert text.count("another start of what is known too roughly") == 1
+    assert "for a gain (6 times, minutes each)" in text
+    assert f" to {len(trials)} trials, about " in text
 
 
 def test_the_table_shows_every_trial_its_time_and_the_memory_sums():

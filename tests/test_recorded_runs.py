@@ -15,6 +15,7 @@ from rich.console import Console
 
 from advisor import flow
 from advisor.core.errors import NotRecorded
+from advisor.core.estimate import half_width
 from advisor.core.records import Report, Workload
 from advisor.core.tried import judge, slug
 from advisor.report.as_json import dumps
@@ -115,6 +116,25 @@ def test_nobody_is_said_to_have_disturbed_what_ran_alone(folder: Path):
     judged = [judge(raw) for raw in RunFolder(folder).trials()]
     told = [(slug(one.spec), caution.text) for one in judged for caution in one.cautions]
     assert not [text for _, text in told if "cannot be seen from here" in text or "PID" in text], told
+
+
+def test_every_recorded_start_counts_also_one_that_todays_rules_would_not_ask_for():
+    run = RunFolder(ROOT / "data" / "studies" / "h200-qwen2.5-3b-serve-1024-first-full")
+    manifest, asked = run.manifest(), []
+    content = msgspec.structs.replace(manifest, protocol=msgspec.structs.replace(manifest.protocol, more_starts=0))
+    report = flow.profile(content, Replay(run), created="now", replayed=True, on_trial=asked.append)
+    assert len(asked) == len(run.trials()) - 2
+    assert [one.starts for one in report.candidates if one.engines == 1 and not one.mps and one.starts] == [3, 3]
+    assert report.candidates == replay(run.path).candidates
+
+
+def test_two_engines_that_repeat_within_one_percent_are_known_as_well_as_that():
+    report = replay(ROOT / "data" / "studies" / "h200-qwen2.5-3b-serve-1024-first-full")
+    with_mps, without = of(report, 2, True), of(report, 2, False)
+    assert half_width(with_mps.throughput_tok_per_s) < 0.03 and half_width(without.throughput_tok_per_s) < 0.03
+    step = next(one for one in report.waterfall if one.step == "mps")
+    assert step.factor.low > 1.05 and half_width(step.factor) < 0.03
+    assert [one.text[:15] for one in report.warnings if one.code == "slow_cores"] == ["1-engine-no-mps"]
 
 
 def test_what_was_found_on_the_h200_stays_found():

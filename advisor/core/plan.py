@@ -16,11 +16,11 @@ from advisor.core.workload import prompt_tokens, turnover_tokens
 
 Span = tuple[float, float]  # shortest, longest
 
-# Observed: 79 to 117 s for the first engine on a bare machine, 26 to 58 s with a warm compile cache.
+# Observed: 79 to 117 s for the first engine on a bare machine; forked, with a warm compile cache, 14 to 45 s.
 FIRST_START_S: Span = (60.0, 120.0)
-LATER_START_S: Span = (30.0, 60.0)
-TEARDOWN_S: Span = (5.0, 10.0)
-NUMERICS_S: Span = (20.0, 120.0)
+LATER_START_S: Span = (14.0, 60.0)
+TEARDOWN_S: Span = (1.0, 5.0)
+NUMERICS_S: Span = (9.0, 120.0)
 # Prompt and output tokens per second, and those times the model's parameters. Observed in closed loops: 28,000
 # (7B) and 81,000 (0.5B) with one engine, 268,000 (0.5B) with four; 0.4e14 to 2.2e14. With some room on both sides.
 SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S = 4e4, 1e14
@@ -151,7 +151,7 @@ def _trials(
             yield load(None, f"the best under MPS {again}{also}", mps=True, certain=True, more_s=curve_s)
         yield load(1, f"the default engine {again}: does the machine drift", mps=False, certain=True)
         for _ in range(protocol.more_starts):
-            yield load(None, "another start of what is known too roughly for a verdict", mps=False)
+            yield load(None, "another start of what is known too roughly, for a verdict or for a gain", mps=False)
 
 
 def _planned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -54,24 +55,27 @@ def _lines(plan: Sequence[PlannedTrial], memory: Sequence[str], width: int) -> I
 
 
 def _table(plan: Sequence[PlannedTrial], width: int) -> Iterator[Line]:
-    rows = [_HEADER, *(_cells(trial) for trial in plan)]
+    # Trials that are alike stand in one row.
+    alike = [list(group) for _, group in groupby(plan)]
+    rows = [_HEADER, *(_cells(group[0], len(group)) for group in alike)]
     widths = [max(len(row[index]) for row in rows) for index in range(4)]
     for index, row in enumerate(rows):
         what = "  ".join(
             [row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]), row[3].rjust(widths[3])]
         )
-        style = "dim" if index == 0 or not plan[index - 1].certain else ""
+        style = "dim" if index == 0 or not alike[index - 1][0].certain else ""
         yield from ((text, style) for text in wrap(f" {what}  {row[4]}", width, " " * (len(what) + 3)))
 
 
-def _cells(trial: PlannedTrial) -> tuple[str, ...]:
+def _cells(trial: PlannedTrial, times: int) -> tuple[str, ...]:
     threads = MISSING if trial.thread_percentage is None else f"{trial.thread_percentage} %"
     low, high = trial.estimated_s_low / 60, trial.estimated_s_high / 60
     minutes = f"{low:.1f}–{high:.1f}"
     if trial.kind == "numerics":
         return "check", "yes", threads, minutes, trial.purpose
     mps = "yes" if trial.mps else MISSING if trial.engines == 1 else "no"
-    return "N" if trial.engines is None else str(trial.engines), mps, threads, minutes, trial.purpose
+    each = f" ({times} times, minutes each)" if times > 1 else ""
+    return "N" if trial.engines is None else str(trial.engines), mps, threads, minutes, f"{trial.purpose}{each}"
 
 
 def _counts(plan: Sequence[PlannedTrial]) -> tuple[int, int]:
