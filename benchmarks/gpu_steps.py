@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_steps.py --model Qwen/Qwen2.5-0.5B --out DIR [--gpu N] [--ctx 1024] [--batch 256] 1 2 2m 4m
 
-A NAME is a number of engines, `m` for MPS; the first one is what the others are compared with. Decode shares the batch
-among the engines; of prompts each engine reads a full token budget.
+A NAME is a number of engines, `m` for MPS; the first one is what the others are compared with, and of its steps the
+kernels are traced: where the GPU's time goes, and how near to its ceilings. Decode shares the batch among the engines;
+of prompts each engine reads a full token budget.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from advisor import flow
 from advisor.core import specs
 from advisor.core.overlap import StepRate, overlap, step_rate
 from advisor.core.records import Manifest, Step, TrialSpec
+from advisor.core.saturation import Saturation, saturation
 from advisor.core.tried import judge
 from advisor.core.wording import times
 
 
-def steps_spec(manifest: Manifest, name: str, batch: int, contexts: list[int], seconds: float) -> TrialSpec:
+def steps_spec(
+    manifest: Manifest, name: str, batch: int, contexts: list[int], seconds: float, traced: int = 0
+) -> TrialSpec:
     """The spec of a NAME: decode of the whole batch at each context, then full prefill steps of each."""
     engines = int(name.rstrip("m"))
     spec = specs.load_spec(manifest, engines, mps=name.endswith("m"))
@@ -28,7 +32,19 @@ def steps_spec(manifest: Manifest, name: str, batch: int, contexts: list[int], s
         raise ValueError(f"a batch of {batch} cannot be shared among {engines} engines")
     steps = [Step(decode=batch // engines, decode_context=context) for context in contexts]
     steps += [Step(prefill=max(1, budget // context), prefill_tokens=min(context, budget)) for context in contexts]
-    return msgspec.structs.replace(spec, kind="steps", steps=steps, step_s=seconds)
+    return msgspec.structs.replace(spec, kind="steps", steps=steps, step_s=seconds, traced=traced)
+
+
+def told(found: Saturation) -> str:
+    """Where the time of a traced step goes, in one line."""
+    parts = [
+        f"{part.label} {part.share:.1%}"
+        + ("" if part.achieved is None else f" ({part.achieved:.2f} of its roofline)")
+        + ("" if part.sms_covered is None else f" on {part.sms_covered:.0%} of the SMs")
+        for part in sorted(found.parts, key=lambda part: -part.share)
+    ]
+    why = f"; unlabelled: {found.why_unlabelled}" if found.why_unlabelled else ""
+    return f"kernels run for {found.busy_s * 1e3:.2f} of {found.span_s * 1e3:.2f} ms: {', '.join(parts)}{why}"
 
 
 def main() -> None:
@@ -36,13 +52,15 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, nargs="+", default=[1024])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--traced", type=int, default=3, help="repetitions of each step that are traced")
     parser.add_argument("names", nargs="+", metavar="NAME")
     options = parser.parse_args()
 
     def story(manifest: Manifest, runner: flow.Runner) -> None:
         first: dict[int, StepRate] = {}
         for name in options.names:
-            spec = steps_spec(manifest, name, options.batch, options.ctx, options.seconds)
+            traced = options.traced if name == options.names[0] else 0
+            spec = steps_spec(manifest, name, options.batch, options.ctx, options.seconds, traced)
             one = judge(runner.run(spec))
             if not one.ok:
                 print(f"{name}: {one.outcome} ({one.why})", flush=True)
@@ -63,6 +81,9 @@ def main() -> None:
                     + (f", launched kernel by kernel: {why}" if why else ""),
                     flush=True,
                 )
+            for trace in one.raw.traces:
+                found = saturation(trace, spec.steps[trace.step], manifest.model, manifest.gpu.sms, manifest.ceilings)
+                print(f"  step {trace.step + 1}: {found if isinstance(found, str) else told(found)}", flush=True)
 
     asking.run(options, story, ctx=max(options.ctx), concurrency=options.batch)
 

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from advisor.core.records import Step
+from advisor.shell import inside
 from advisor.shell.inside import FixedSteps
 
 
@@ -281,3 +282,47 @@ def test_marks_count_what_the_gpu_has_done(engine):
     (left, before), (right, after) = marks[1], marks[-1]
     assert (after - before) / (right - left) == pytest.approx(250, rel=0.1)
     assert [count for _, count in marks] == sorted(count for _, count in marks)
+
+
+# ---------------------------------------------------------------- traces
+
+
+def event(name: str, at_us: float, us: float, **rest):
+    return {"cat": "kernel", "name": name, "ts": at_us, "dur": us, "args": {"grid": [4, 2, 1]}, **rest}
+
+
+def test_of_a_trace_all_repetitions_but_the_first_are_told_with_their_blocks():
+    events = [{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9e9}, {"ph": "M", "name": "process_name"}]
+    for repetition in range(3):
+        at = 5e12 + repetition * 25_000
+        events += [event("gemm", at, 10.0), event("flash", at + 12, 8.0)]
+    events.append(event("Memcpy DtoD", 5e12 + 50_030, 1.0, cat="gpu_memcpy", args={"bytes": 4}))
+    told = inside._told(events)
+    assert told["names"] == ["Memcpy DtoD", "flash", "gemm"]
+    assert [(kernel[0], kernel[3]) for kernel in told["kernels"]] == [(2, 8), (1, 8), (2, 8), (1, 8), (0, 0)]
+    assert [kernel[1:3] for kernel in told["kernels"]] == [
+        pytest.approx(one) for one in ([0.0, 10e-6], [12e-6, 8e-6], [0.025, 10e-6], [0.025012, 8e-6], [0.02503, 1e-6])
+    ]
+
+
+def test_a_trace_in_which_repetitions_cannot_be_told_apart_is_refused():
+    assert "2 device events in 1 repetitions" in inside._told([event("gemm", 0, 5), event("gemm", 6, 5)])["refused"]
+    assert inside._told([])["refused"]
+
+
+def test_what_goes_wrong_in_a_trace_is_the_answer_and_nothing_without_a_step(monkeypatch):
+    worker = FixedSteps()
+    gpu = Gpu()
+    gpu.install(monkeypatch)
+
+    def no_tracing(**rest):
+        raise RuntimeError("CUPTI_ERROR_MULTIPLE_SUBSCRIBERS_NOT_SUPPORTED")
+
+    monkeypatch.setitem(
+        sys.modules,
+        "torch.profiler",
+        SimpleNamespace(profile=no_tracing, ProfilerActivity=SimpleNamespace(CUDA="cuda")),
+    )
+    assert worker.advisor_trace(3) == {"refused": "no step is prepared"}
+    worker._advisor_step = gpu.work
+    assert "MULTIPLE_SUBSCRIBERS" in worker.advisor_trace(3)["refused"]

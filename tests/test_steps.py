@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import sys
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from sites import assert_nothing_left, codes, live
 
 from advisor.core.overlap import overlap, step_rate
 from advisor.core.records import RawStep, Step
+from advisor.core.saturation import Saturation, saturation
 from advisor.core.tried import judge, slug
 from advisor.shell import inside
 from advisor.shell.start import Start
@@ -66,6 +68,29 @@ def test_an_extension_that_fails_ends_the_trial_with_its_error(site):
     assert_nothing_left(raw)
 
 
+def test_each_step_is_traced_on_the_first_engine_when_that_is_asked_for(site):
+    site.bench.engine_faults({"all": {"steps": {"ms_per_token": 1.0}}})
+    runner, folder = live(site)
+    with runner:
+        runner.run(msgspec.structs.replace(asked(site, 2, DECODE, PREFILL), traced=2))
+    (raw,) = folder.trials()
+    assert [(one.step, one.engine, one.refused) for one in raw.traces] == [(0, 0, ""), (1, 0, "")]
+    assert [kernel.seconds for kernel in raw.traces[1].kernels] == pytest.approx([0.1, 0.1])
+    assert step_rate(raw, 0).tok_per_s.value == pytest.approx(2000, rel=0.01)
+    found = saturation(raw.traces[0], DECODE, site.place.manifest.model, 132, None)
+    assert isinstance(found, Saturation) and found.steps == 2
+
+
+def test_a_trace_that_cannot_be_taken_leaves_the_rates_as_they_are(site):
+    site.bench.engine_faults({"all": {"steps": {"ms_per_token": 1.0, "trace_fails": "CUPTI is taken"}}})
+    runner, folder = live(site)
+    with runner:
+        runner.run(msgspec.structs.replace(asked(site, 1, DECODE, mps=False), traced=2))
+    (raw,) = folder.trials()
+    assert saturation(raw.traces[0], DECODE, site.place.manifest.model, 132, None) == "CUPTI is taken"
+    assert (raw.ended, step_rate(raw, 0).graphed) == ("completed", True)
+
+
 def test_the_development_endpoint_is_open_for_such_trials_only(site):
     def launched(spec):
         (launch,) = Start(site.place, site.nvml, spec)._launches({})
@@ -85,7 +110,7 @@ def test_what_runs_inside_vllm_needs_nothing_of_ours():
             else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         )
     }  # fmt: skip
-    assert imported <= {"__future__", "collections", "random", "time", "typing", "torch", "vllm"}
+    assert imported <= {"torch", "vllm", *sys.stdlib_module_names}
 
 
 # ---------------------------------------------------------------- rates

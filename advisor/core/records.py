@@ -236,7 +236,8 @@ class TrialSpec(Record, frozen=True):
 
     kind "load": start `engines` engines, load them, record. `thread_percentage` None means unrestricted.
     kind "numerics": run the model's matrix products under each of `percentages` and record their errors.
-    kind "steps": repeat each of `steps` on all engines at once, on the GPU alone, for `step_s`.
+    kind "steps": repeat each of `steps` on all engines at once, on the GPU alone, for `step_s`; then trace `traced`
+    more repetitions of each on the first engine.
     `repeat` numbers deliberate repetitions of the same trial (0 is the first).
     """
 
@@ -257,6 +258,7 @@ class TrialSpec(Record, frozen=True):
     label: str = ""  # what sets it apart in file names; no part of its identity
     steps: list[Step] = []
     step_s: float = 0.0
+    traced: int = 0
 
 
 class LogHistogram(Record, frozen=True):
@@ -385,6 +387,31 @@ class RawStep(Record, frozen=True):
     marks: list[tuple[float, int]] = []
 
 
+class RawKernel(Record, frozen=True, array_like=True):
+    """One kernel of a trace: the index of its name, when it ran, in how many blocks (0: a copy or a fill)."""
+
+    name: int
+    start_s: float
+    seconds: float
+    blocks: int
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.seconds
+
+
+class RawTrace(Record, frozen=True):
+    """The kernels of a few repetitions of one fixed step on one engine, each begun when the GPU was idle. `refused`
+    says why there are none, else it is empty.
+    """
+
+    step: int
+    engine: int
+    names: list[str] = []
+    kernels: list[RawKernel] = []
+    refused: str = ""
+
+
 class MpsEvidence(Record, frozen=True):
     """Who was attached to which daemon, read from the control program at the window's start and end."""
 
@@ -483,6 +510,7 @@ class RawTrial(Record, frozen=True):
     core_speeds: list[CoreSpeed] = []
     started: str | None = None
     steps: list[RawStep] = []
+    traces: list[RawTrace] = []
 
 
 class Manifest(Record, frozen=True):

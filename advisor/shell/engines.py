@@ -308,8 +308,11 @@ class Engines:
                     detail = f"engine {engine.index} gave no log-probabilities for a fixed prompt: {error!r}"
                     raise EngineFailed("crash", engine.index, self._clean(detail)) from None
 
-    def call(self, method: str, arguments: Mapping[str, Any], timeout_s: float) -> list[dict[str, Any]]:
-        """What the worker extension of each engine answers to a call of `method`, all called at once.
+    def call(
+        self, method: str, arguments: Mapping[str, Any], timeout_s: float, engines: int | None = None
+    ) -> list[dict[str, Any]]:
+        """What the worker extension of each engine, or of the first few, answers to a call of `method`, all called at
+        once.
 
         Raises EngineFailed for an engine that does not answer, or answers with an error.
         """
@@ -324,8 +327,9 @@ class Engines:
                 raise ValueError(f"{found!r:.200} is no answer")
             return found
 
-        with ThreadPoolExecutor(len(self._engines)) as pool:
-            asked = [(engine, pool.submit(ask, engine)) for engine in self._engines]
+        called = self._engines[:engines]
+        with ThreadPoolExecutor(len(called)) as pool:
+            asked = [(engine, pool.submit(ask, engine)) for engine in called]
         found = []
         for engine, answer in asked:
             try:

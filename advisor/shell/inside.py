@@ -12,13 +12,22 @@ kernel by kernel, and says so (`graphed`).
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from math import prod
+from pathlib import Path
 from typing import Any
 
 # Steps are queued in batches of about this long, one batch ahead of the GPU.
 _BATCH_S = 0.05
 _PREFIX = "mps-advisor-"
+# Between two traced repetitions, to tell them apart.
+_REST_S = 0.02
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_NAME_LENGTH = 160
 
 
 class FixedSteps:
@@ -79,6 +88,31 @@ class FixedSteps:
                     marks.append([time.monotonic(), done])
             torch.cuda.synchronize()
         return {"marks": marks}
+
+    def advisor_trace(self, repeats: int) -> dict[str, Any]:
+        """The kernels of the prepared step, repeated one by one with a rest before each; the first one is not told.
+
+        Returns `names` and `kernels`: index of the name, start and length in seconds, blocks (0 for copies and fills).
+        """
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        step = self._advisor_step
+        if step is None:
+            return {"refused": "no step is prepared"}
+        try:
+            with torch.inference_mode(), profile(activities=[ProfilerActivity.CUDA]) as traced:
+                for _ in range(repeats + 1):
+                    step()
+                    torch.cuda.synchronize()
+                    time.sleep(_REST_S)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "trace.json"
+                traced.export_chrome_trace(str(path))
+                events = json.loads(path.read_text())["traceEvents"]
+        except Exception as error:  # no trace is no reason to lose the engine
+            return {"refused": f"{type(error).__name__}: {error}"[:300]}
+        return _told(events)
 
     def advisor_forget(self) -> dict[str, Any]:
         """Give up the prepared step and its KV blocks."""
@@ -244,6 +278,31 @@ class FixedSteps:
 
         step, why = _captured(prompt_step)
         return step, found.cg_mode.name, why
+
+
+def _told(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of a trace: of its device events all after the first repetition."""
+    found = sorted((one for one in events if one.get("cat") in _ON_DEVICE and "dur" in one), key=lambda one: one["ts"])
+    rests = [
+        index
+        for index, (before, after) in enumerate(pairwise(found), 1)
+        if after["ts"] - before["ts"] - before["dur"] > _REST_S * 1e6 / 2
+    ]
+    kept = found[rests[0] :] if rests else []
+    if not kept:
+        return {"refused": f"the trace holds {len(found)} device events in {len(rests) + 1} repetitions"}
+    names = sorted({str(one["name"])[:_NAME_LENGTH] for one in kept})
+    index, begin = {name: number for number, name in enumerate(names)}, kept[0]["ts"]
+    kernels = [
+        [
+            index[str(one["name"])[:_NAME_LENGTH]],
+            round((one["ts"] - begin) * 1e-6, 9),
+            round(one["dur"] * 1e-6, 9),
+            prod(one.get("args", {}).get("grid", [0])),
+        ]
+        for one in kept
+    ]
+    return {"names": names, "kernels": kernels}
 
 
 class _Graph:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from advisor.core.records import RawStep, Step, TrialSpec
+from advisor.core.records import RawKernel, RawStep, RawTrace, Step, TrialSpec
 from advisor.shell.clock import Clock
 from advisor.shell.gpu import Sampler
 from advisor.shell.interrupts import Say
@@ -77,7 +77,22 @@ class StepsWindow:
             asked = {"start_s": time.monotonic() + HEAD_START_S, "seconds": seconds}
             done = engines.call("advisor_run", asked, seconds + PREPARE_TIMEOUT_S)
             rows = [self._marked(row, one) for row, one in zip(rows, done, strict=True)]
+            if self._spec.traced:
+                self._trace(index)
         self.seen.steps += rows
+
+    def _trace(self, index: int) -> None:
+        """Trace the step that is prepared, on the first engine while the others rest."""
+        self._say(f"step {index + 1} of {len(self._spec.steps)}: tracing its kernels")
+        (found,) = self._start.engines.call(
+            "advisor_trace", {"repeats": self._spec.traced}, PREPARE_TIMEOUT_S, engines=1
+        )
+        kernels = [
+            RawKernel(name=int(name), start_s=float(at), seconds=float(length), blocks=int(blocks))
+            for name, at, length, blocks in found.get("kernels", [])
+        ]
+        names, refused = [str(name) for name in found.get("names", [])], str(found.get("refused", ""))
+        self.seen.traces.append(RawTrace(step=index, engine=0, names=names, kernels=kernels, refused=refused))
 
     def _marked(self, row: RawStep, answer: dict[str, Any]) -> RawStep:
         marks = [(at - self._start.origin_s, int(count)) for at, count in answer.get("marks", [])]

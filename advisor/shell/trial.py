@@ -95,4 +95,5 @@ class EngineTrial:
             timeline=self._clock.stages,
             started=self._start.began,
             steps=seen.steps,
+            traces=seen.traces,
         )

@@ -19,6 +19,7 @@ from advisor.core.records import (
     Protocol,
     RawLoad,
     RawStep,
+    RawTrace,
     Stranger,
     TrialSpec,
     Workload,
@@ -51,6 +52,7 @@ class Seen:
     mps: MpsEvidence | None = None
     foreign: list[int] = field(default_factory=list)
     steps: list[RawStep] = field(default_factory=list)
+    traces: list[RawTrace] = field(default_factory=list)
 
 
 class LoadWindow:

@@ -639,6 +639,11 @@ class Server:
                 await asyncio.sleep(max(0.0, asked["start_s"] + asked["seconds"] - time.monotonic()))
                 count = int(asked["seconds"] / self.step_s)
                 return {"marks": [[asked["start_s"] + number * self.step_s, number] for number in range(count + 1)]}
+            case "advisor_trace":
+                if "trace_fails" in rates:
+                    return {"refused": rates["trace_fails"]}
+                kernels = [[0, 0.1 * repeat, self.step_s, 66] for repeat in range(asked["repeats"])]
+                return {"names": ["flash_fwd"], "kernels": kernels}
         return {}
 
     async def answer(self, writer, method, path, status, body, content="application/json"):
