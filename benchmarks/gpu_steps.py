@@ -1,6 +1,6 @@
 """The GPU's work alone: fixed decode and prefill steps on 1, 2, 4 … engines at once, with and without MPS.
 
-    python benchmarks/gpu_steps.py --model Qwen/Qwen2.5-0.5B --out DIR [--gpu N] [--ctx 1024] [--batch 256] 1 2 2m 4m
+    python benchmarks/gpu_steps.py --model Qwen/Qwen2.5-0.5B --out DIR [--ctx 1024,4096] [--batch 256] 1 2 2m 4m
 
 A NAME is a number of engines, `m` for MPS; the first one is what the others are compared with, and of its steps the
 kernels are traced: where the GPU's time goes, and how near to its ceilings. Decode shares the batch among the engines;
@@ -49,7 +49,7 @@ def told(found: Saturation) -> str:
 
 def main() -> None:
     parser = asking.parser(__doc__)
-    parser.add_argument("--ctx", type=int, nargs="+", default=[1024])
+    parser.add_argument("--ctx", type=lambda text: [int(one) for one in text.split(",")], default=[1024])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--traced", type=int, default=3, help="repetitions of each step that are traced")

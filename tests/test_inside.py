@@ -69,7 +69,7 @@ class Gpu:
                 raise RuntimeError("operation not permitted when stream is capturing")
             yield
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
+        stream = SimpleNamespace()
         torch = types.ModuleType("torch")
         torch.inference_mode, torch.bfloat16, torch.float16, torch.Generator = (
             nothing,
@@ -78,7 +78,7 @@ class Gpu:
             lambda device: None,
         )
         torch.cuda = SimpleNamespace(
-            Stream=lambda: stream, current_stream=lambda: stream, stream=nothing, CUDAGraph=Graph, graph=capture,
+            current_stream=lambda: stream, set_stream=lambda used: None, CUDAGraph=Graph, graph=capture,
             Event=Event, synchronize=lambda: gpu.wait(gpu.free_s),
         )  # fmt: skip
         monkeypatch.setitem(sys.modules, "torch", torch)

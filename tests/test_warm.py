@@ -102,6 +102,15 @@ def test_a_module_is_forked_as_python_would_run_it(warmed, tmp_path):
     assert (told(text)["argv"], told(text)["main"]) == (["serve"], "__main__")
 
 
+def test_a_forked_program_finds_modules_where_its_own_environment_says(warmed, tmp_path):
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "extension.py").write_text("FOUND = 'it was found'")
+    command = script(tmp_path, "import extension; print(extension.FOUND)")
+    log = tmp_path / "its.log"
+    process = warmed(command).spawn(command, [], child_environment({"PYTHONPATH": str(tmp_path / "extra")}), log)
+    assert "it was found" in log_of(process, log)
+
+
 def vllm_stand_in(folder: Path, text: str) -> list[str]:
     """A package with one of the modules that vLLM's command line imports, and a command that can be forked."""
     package = folder / "packages" / "vllm" / "v1" / "engine"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from itertools import pairwise
 from math import prod
@@ -24,6 +25,8 @@ from typing import Any
 # Steps are queued in batches of about this long, one batch ahead of the GPU.
 _BATCH_S = 0.05
 _PREFIX = "mps-advisor-"
+# Shorter than this five steps say nothing of whether the GPU waited.
+_WORTH_TIMING_S = 1e-3
 # Between two traced repetitions, to tell them apart.
 _REST_S = 0.02
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -58,8 +61,9 @@ class FixedSteps:
                 [(decode_context, 1)] * decode + [(prefill_context + prefill_tokens, prefill_tokens)] * prefill
             )
         except Exception as error:  # whatever it is, the engine goes on and the answer says so
+            refused = {"refused": _placed(error)}
             self.advisor_forget()
-            return {"refused": f"{type(error).__name__}: {error}"[:300]}
+            return refused
 
     def advisor_run(self, start_s: float, seconds: float) -> dict[str, Any]:
         """Repeat the prepared step from `start_s` (CLOCK_MONOTONIC, which all processes of a machine share) on.
@@ -111,7 +115,7 @@ class FixedSteps:
                 traced.export_chrome_trace(str(path))
                 events = json.loads(path.read_text())["traceEvents"]
         except Exception as error:  # no trace is no reason to lose the engine
-            return {"refused": f"{type(error).__name__}: {error}"[:300]}
+            return {"refused": _placed(error)}
         return _told(events)
 
     def advisor_forget(self) -> dict[str, Any]:
@@ -155,8 +159,12 @@ class FixedSteps:
             begin = time.monotonic()
             for _ in range(5):
                 step()
+            queued_s = time.monotonic() - begin
             torch.cuda.synchronize()
-            self._advisor_step, self._advisor_step_s = step, (time.monotonic() - begin) / 5
+            taken_s = time.monotonic() - begin
+            if not why and taken_s > _WORTH_TIMING_S and queued_s > 0.8 * taken_s:
+                why = "asking for a step takes about as long as the step"
+            self._advisor_step, self._advisor_step_s = step, taken_s / 5
         return {
             "tokens": sum(new for _, new in lengths),
             "sequences": len(lengths),
@@ -280,6 +288,14 @@ class FixedSteps:
         return step, found.cg_mode.name, why
 
 
+def _placed(error: Exception) -> str:
+    """What went wrong and where; the whole of it goes to the engine's log."""
+    traceback.print_exception(error)
+    frames = reversed(traceback.extract_tb(error.__traceback__)[-3:])
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    return f"{type(error).__name__}: {error}"[:250] + f" ({' < '.join(places)})"
+
+
 def _told(events: list[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of a trace: of its device events all after the first repetition."""
     found = sorted((one for one in events if one.get("cat") in _ON_DEVICE and "dur" in one), key=lambda one: one["ts"])
@@ -319,18 +335,15 @@ def _captured(work: Callable[[], None]) -> tuple[Callable[[], None], str]:
     """`work` as a replay of a graph of its own; or itself, and why it could not be captured."""
     import torch
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(2):  # what is compiled or looked up once must not fall into the capture
+        work()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             work()
     except Exception as error:  # whatever a kernel's library raises: the step can still be launched
+        torch.cuda.set_stream(stream)  # a capture that breaks leaves its own one behind
         torch.cuda.synchronize()
-        return work, f"{type(error).__name__}: {error}"[:200]
+        return work, _placed(error)
     return _Graph(graph, work), ""

@@ -64,8 +64,7 @@ class Start:
             raise ValueError("a trial with engines needs settings, workload and protocol")
         self.spec = spec
         self.place, self.nvml = place, nvml
-        # A worker extension is found through the search path, which a process has read when it is forked.
-        self._warm = warm if spec.kind == "load" else None
+        self._warm = warm
         self._settings: EngineSettings = spec.settings
         self._workload: Workload = spec.workload
         self._protocol: Protocol = spec.protocol

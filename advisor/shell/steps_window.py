@@ -18,8 +18,9 @@ from advisor.shell.window import Seen
 PREPARE_TIMEOUT_S = 120.0
 # All engines begin a step together, so long after they were asked to.
 HEAD_START_S = 0.5
-# A step is repeated for so many marks at least, whose distance is that of the slowest engine's batches.
-FEWEST_MARKS, MARK_S = 30, 0.05
+# A step is repeated for so many marks at least, which are a batch apart; together each batch takes up to as many times
+# as long as there are engines.
+FEWEST_MARKS, MARK_S = 26, 0.05
 
 
 class StepsWindow:
@@ -71,9 +72,9 @@ class StepsWindow:
             for number, one in enumerate(prepared)
         ]
         if not any(row.refused for row in rows):
-            # Together each may take as many times as long as there are engines.
-            slowest_s = max(float(one.get("step_s", 0.0)) for one in prepared) * len(prepared)
-            seconds = max(self._spec.step_s, FEWEST_MARKS * max(slowest_s, MARK_S))
+            # They prepared it side by side: the least of their times is nearest to what a step takes alone.
+            alone_s = min(float(one.get("step_s", 0.0)) for one in prepared)
+            seconds = max(self._spec.step_s, FEWEST_MARKS * len(prepared) * max(alone_s, MARK_S))
             asked = {"start_s": time.monotonic() + HEAD_START_S, "seconds": seconds}
             done = engines.call("advisor_run", asked, seconds + PREPARE_TIMEOUT_S)
             rows = [self._marked(row, one) for row, one in zip(rows, done, strict=True)]

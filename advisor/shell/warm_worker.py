@@ -153,7 +153,10 @@ def become(request: dict[str, Any], changes: dict[str, str | None]) -> None:
     os.environ.clear()
     environment = {**request["environment"], **changes}
     os.environ.update({name: value for name, value in environment.items() if value is not None})
-    # A started process has as many of them as cores; this one was told at its import how many the parent has.
+    # Where modules are found, a started process reads when it begins.
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [entry for entry in path if entry and entry not in sys.path]
+    # And it has as many threads as cores; this one was told at its import how many the parent has.
     if (torch := sys.modules.get("torch")) is not None and request["cores"]:
         torch.set_num_threads(len(request["cores"]))
 
