@@ -107,6 +107,9 @@ class _Engine:
             if self.core is None and _is_core(one):
                 self.core = one
 
+    def is_core(self, one: Known) -> bool:
+        return one.pid == self.core.pid if self.core is not None else _is_core(one)
+
     def requests(self) -> float:
         """Requests that are running or waiting by vLLM's own count; 0 where it does not tell."""
         # The count is brought up to date at the end of a step. When all requests were cut off there is none to come.
@@ -162,12 +165,14 @@ class Engines:
         for index, (launch, port) in enumerate(zip(self._launches, port_blocks(len(self._launches)), strict=True)):
             argv = [*launch.argv, "--host", "127.0.0.1", "--port", str(port)]
             environment = {**launch.environment, "VLLM_PORT": str(port + 1)}
-            start = self._warm.spawn if self._warm is not None else start_pinned
+            forked = self._warm is not None
             try:
+                start = self._warm.spawn if self._warm is not None else start_pinned
                 process = start(argv, launch.cores, environment, launch.log)
-            except WarmGone as gone:
-                raise EngineFailed("crash", index, f"engine {index} could not be forked: {gone}") from None
-            self._engines.append(_Engine(index, port, launch, process, forked=self._warm is not None))
+            except WarmGone:
+                self._warm, forked = None, False
+                process = start_pinned(argv, launch.cores, environment, launch.log)
+            self._engines.append(_Engine(index, port, launch, process, forked=forked))
 
     def wait_ready(self, timeout_s: float, on_wait: Callable[[int], None]) -> None:
         """Wait until every engine answers its health check. Raises EngineFailed (crash, oom, timeout)."""
@@ -180,6 +185,8 @@ class Engines:
                 if _healthy(engine):
                     engine.look()
                     engine.ready_s = self._now()
+                    if engine.core is None:
+                        engine.core = self._core_by_its_log(engine)
             waiting = [engine for engine in self._engines if engine.ready_s is None]
             on_wait(len(self._engines) - len(waiting))
             if not waiting:
@@ -190,6 +197,12 @@ class Engines:
                     "timeout", waiting[0].index, f"engine {names} did not answer within {timeout_s:.0f} s of its start"
                 )
             time.sleep(0.2)
+
+    @staticmethod
+    def _core_by_its_log(engine: _Engine) -> Known | None:
+        """The engine core by the PID that it logs, where it does not bear its title; None where it logs none."""
+        match = _ENGINE_CORE.search(engine.log_text())
+        return engine.known.get(int(match[1])) if match else None
 
     def wait_idle(self, timeout_s: float) -> None:
         """Wait until no engine has a request left, those of an earlier window included. Raises EngineFailed."""
@@ -248,7 +261,8 @@ class Engines:
         for engine in self._engines:
             engine.look()
         return [
-            [one.pid for one in engine.known.values() if one.alive and not _is_core(one)] for engine in self._engines
+            [one.pid for one in engine.known.values() if one.alive and not engine.is_core(one)]
+            for engine in self._engines
         ]
 
     def split_cores(self) -> None:

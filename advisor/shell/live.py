@@ -12,7 +12,7 @@ from typing import Self
 from advisor.core.errors import Unfit
 from advisor.core.records import RawTrial, Teardown, TrialSpec
 from advisor.core.starts import same_start
-from advisor.core.tried import key, slug
+from advisor.core.tried import candidate, key, slug
 from advisor.shell import mps
 from advisor.shell.clock import now
 from advisor.shell.gpu import Nvml
@@ -47,7 +47,8 @@ class Live:
         self._start: Start | None = None
         self._last: tuple[Path, RawTrial] | None = None  # the last trial of this start that is on record
         self._warm: Warm | None = None
-        self._forks = True  # whether engines may be forked: until that has failed
+        self._forks = True  # whether engines may be forked: until that is to blame for a failure
+        self._suspect = ""  # the candidate whose forked engines did not come up
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
@@ -64,10 +65,11 @@ class Live:
         try:
             self.finish()
         finally:
-            self._cool()
-            self._nvml.__exit__(kind, error, trace)
-            self._lock.__exit__(kind, error, trace)
-            shutil.rmtree(self._place.scratch, ignore_errors=True)
+            with uninterrupted(self._say):
+                self._cool()
+                self._nvml.__exit__(kind, error, trace)
+                self._lock.__exit__(kind, error, trace)
+                shutil.rmtree(self._place.scratch, ignore_errors=True)
 
     def run(self, spec: TrialSpec) -> RawTrial:
         """The recorded trial, or a fresh one, recorded before it is returned."""
@@ -113,7 +115,7 @@ class Live:
     def _engines(self, spec: TrialSpec, say: Say) -> None:
         try:
             if self._start is None:
-                self._start = Start(self._place, self._nvml, spec, self._forked_from(say))
+                self._start = Start(self._place, self._nvml, spec, self._forked_from(spec, say))
             trial = EngineTrial(self._start, spec, now(), say)
             raw = trial.run()
             # What is on disk has to be known as this start's last trial, for its end is written there.
@@ -126,19 +128,28 @@ class Live:
             raise
         if raw.ended != "completed" or trial.interrupted:
             self.finish()
-        if raw.ended in ("crash", "timeout") and any(one.forked and one.ready_s is None for one in raw.engines):
-            # Forking may be to blame: what it did not bring up is started the slow way from now on.
-            self._cool()
+        self._learn(raw)
         if trial.interrupted:
             raise KeyboardInterrupt
 
-    def _forked_from(self, say: Say) -> Warm | None:
+    def _learn(self, raw: RawTrial) -> None:
+        """Whether forking is to blame where engines do not come up: if the same ones, started, do."""
+        up = bool(raw.engines) and all(one.ready_s is not None for one in raw.engines)
+        forked = any(one.forked for one in raw.engines)
+        same = self._suspect == candidate(raw.spec)
+        if same and up and not forked:
+            self._cool()
+        self._suspect = candidate(raw.spec) if forked and not up and raw.ended in ("crash", "timeout") else ""
+
+    def _forked_from(self, spec: TrialSpec, say: Say) -> Warm | None:
         """What engines are forked from; None where they have to be started."""
-        if self._forks and self._warm is None:
+        if not self._forks or candidate(spec) == self._suspect:
+            return None
+        if self._warm is None:
             say("importing vLLM")
             self._warm = _warm(self._place)
-            if self._warm is None or not self._warm.ready():
-                self._cool()
+        if self._warm is None or not self._warm.ready():
+            self._cool()
         return self._warm
 
     def _cool(self) -> None:

@@ -61,9 +61,11 @@ class Warm:
         self, command: Sequence[str], python: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> None:
         self._command = list(command)
-        self._skip = 1 if list(command[:1]) == list(python) else 0  # the interpreter, which runs already
+        # The interpreter runs already; a script is read from where the shell would have found it.
+        self._program = list(command[1:]) if list(command[:1]) == list(python) else [str(shutil.which(command[0]))]
         self._codes: dict[int, int] = {}
-        self._forked: list[int] = []
+        self._forked: dict[int, int] = {}  # PIDs by the number of the request
+        self._asked = 0
         self._fit: bool | None = None
         self._ended = False
         self._news = threading.Condition()
@@ -97,30 +99,33 @@ class Warm:
         """Fork an engine. Raises WarmGone."""
         if list(argv[: len(self._command)]) != self._command:
             raise ValueError(f"{argv[0]} is not the program that this process was made for")
+        self._asked += 1
         request = {
-            "argv": list(argv[self._skip :]),
+            "number": self._asked,
+            "argv": [*self._program, *argv[len(self._command) :]],
             "cores": list(cores),
             "environment": dict(environment),
             "log": str(log),
         }
         with self._news:
-            before = len(self._forked)
             try:
                 self._requests.write(json.dumps(request).encode() + b"\n")
                 self._requests.flush()
             except (OSError, ValueError):  # nobody reads it any more; it was closed here
                 raise WarmGone("the process that engines are forked from has ended") from None
-            self._news.wait_for(lambda: len(self._forked) > before or self._ended, FORK_TIMEOUT_S)
-            if len(self._forked) == before:
-                raise WarmGone("the process that engines are forked from does not answer")
-            return _Forked(self, self._forked[-1])
+            self._news.wait_for(lambda: self._asked in self._forked or self._ended, FORK_TIMEOUT_S)
+            pid = self._forked.get(self._asked)
+        if pid is None:
+            self.close()  # what it forks later would be nobody's
+            raise WarmGone("the process that engines are forked from does not answer")
+        return _Forked(self, pid)
 
     def close(self) -> None:
-        """End it; engines that still run are ended with it."""
+        """End it; engines that still run are ended with it. While it imports it is not asked to: it would not hear."""
         with suppress(OSError):
             self._requests.close()
         try:
-            self._process.wait(CLOSE_TIMEOUT_S)
+            self._process.wait(CLOSE_TIMEOUT_S if self._fit is not None else 0.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -132,7 +137,11 @@ class Warm:
             if pid in self._codes or not self._ended:
                 return self._codes.get(pid)
         # Nobody is left to tell its code: it was ended with its parent.
-        return None if psutil.pid_exists(pid) else -signal.SIGTERM
+        try:
+            gone = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            gone = True
+        return -signal.SIGTERM if gone else None
 
     def _listen(self, answers: IO[bytes]) -> None:
         for line in answers:
@@ -141,7 +150,8 @@ class Warm:
                 if "ready" in found:
                     self._fit = bool(found["ready"])
                 elif "pid" in found:
-                    self._forked.append(int(found["pid"]))
+                    self._forked[int(found["number"])] = int(found["pid"])
+                    self._codes.pop(int(found["pid"]), None)  # of an earlier process with that number
                 else:
                     self._codes[int(found["ended"])] = int(found["code"])
                 self._news.notify_all()

@@ -1,8 +1,9 @@
 """Imports vLLM once, and forks an engine from itself for each request: it then has nothing left to import.
 
 Run by vLLM's own Python, by the path of this file, so that it needs nothing of ours. Takes one JSON object per line on
-stdin, {"argv", "cores", "environment", "log"}, and answers on stdout: {"ready"} once, {"pid"} for each request, and
-{"ended", "code"} for each engine that ended (codes as `subprocess` gives them). It ends with its stdin.
+stdin, {"number", "argv", "cores", "environment", "log"}, and answers on stdout: {"ready"} once, {"number", "pid"} for
+each request, and {"ended", "code"} for each engine that ended (codes as `subprocess` gives them). It ends with its
+stdin.
 
 A forked engine is what the program itself would have become: it gets the arguments, environment, cores and outputs of a
 started one, and a session of its own; only the modules that are in its memory already are not read again.
@@ -24,6 +25,7 @@ import selectors  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 import warnings  # noqa: E402
 from typing import Any, TextIO  # noqa: E402
 
@@ -53,7 +55,12 @@ def main() -> None:
     request = serve(answers)
     if request is not None:
         answers.close()
-        become(request, changes)
+        try:
+            become(request, changes)
+        except Exception:  # there is no one else to tell
+            with contextlib.suppress(OSError), open(request["log"], "a") as log:  # noqa: PTH123
+                traceback.print_exc(file=log)
+            raise
         run(request["argv"])
 
 
@@ -63,6 +70,10 @@ def load() -> dict[str, str | None]:
     Returns how that changed the environment: vLLM sets some variables when it is imported. None: taken away.
     """
     before = dict(os.environ)
+    # It finds the place of a process's title through the environment's first place in memory, which a forked engine
+    # has given up: without its title an engine core is not known for one.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").getproctitle()
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -111,6 +122,7 @@ def serve(answers: TextIO) -> dict[str, Any] | None:
                     return None
                 *lines, text = (text + read).split(b"\n")
                 for line in lines:
+                    request = json.loads(line)
                     parent = os.getpid()
                     with warnings.catch_warnings():
                         # Python warns of threads; those that are left here are idle pools of libraries.
@@ -121,9 +133,9 @@ def serve(answers: TextIO) -> dict[str, Any] | None:
                         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                         os.close(awake)
                         os.close(wake)
-                        return {**json.loads(line), "parent": parent}
+                        return {**request, "parent": parent}
                     running.add(pid)
-                    print(json.dumps({"pid": pid}), file=answers)
+                    print(json.dumps({"number": request["number"], "pid": pid}), file=answers)
 
 
 def reap(running: set[int], answers: TextIO) -> None:
