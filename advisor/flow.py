@@ -86,6 +86,7 @@ def _further(tried: Sequence[Tried], runner: Runner, outline: Outline) -> list[T
         judge(raw)
         for raw in runner.recorded()
         if raw.spec.workload is not None
+        and raw.gpu_uuid == tried[0].raw.gpu_uuid
         and raw.spec.workload.concurrency == outline.concurrency
         and key(raw.spec) not in known
         and candidate(raw.spec) in candidates

@@ -140,3 +140,14 @@ def test_an_error_that_two_rates_share_is_not_known_better_for_that():
     factor = gain(estimate(rough[1][1:], between), estimate(rough[0][1:], between))
     expected = student_t_90(between.dof) * math.sqrt(2 * between.variance)
     assert math.log(factor.high / factor.value) == pytest.approx(expected, rel=1e-3)
+
+
+def test_errors_of_two_kinds_are_independent_and_those_of_one_kind_are_not():
+    noise = random.Random(9)
+    first = spread([[start(500, noise, 1e-4), start(530, noise, 1e-4)]])
+    second = spread([[start(900, noise, 1e-4), start(960, noise, 1e-4)]])
+    one, base = [start(950, noise, 1e-4)], [start(520, noise, 1e-4)]
+    apart = gain(estimate(one, second, "several"), estimate(base, first, "one"))
+    alike = gain(estimate(one, second, "one"), estimate(base, first, "one"))
+    assert apart.value == pytest.approx(alike.value)
+    assert half_width(apart) < half_width(alike)

@@ -14,6 +14,7 @@ import raw as made
 from rich.console import Console
 
 from advisor import flow
+from advisor.core import run_cautions
 from advisor.core.errors import NotRecorded
 from advisor.core.estimate import half_width
 from advisor.core.records import Report, Workload
@@ -124,8 +125,17 @@ def test_every_recorded_start_counts_also_one_that_todays_rules_would_not_ask_fo
     content = msgspec.structs.replace(manifest, protocol=msgspec.structs.replace(manifest.protocol, more_starts=0))
     report = flow.profile(content, Replay(run), created="now", replayed=True, on_trial=asked.append)
     assert len(asked) == len(run.trials()) - 2
-    assert [one.starts for one in report.candidates if one.engines == 1 and not one.mps and one.starts] == [3, 3]
+    # Of the default engine's three one was set aside.
+    assert [one.starts for one in report.candidates if one.engines == 1 and not one.mps and one.starts] == [2, 3]
     assert report.candidates == replay(run.path).candidates
+
+
+def test_a_run_with_forked_and_started_engines_says_so():
+    run = RunFolder(ROOT / "data" / "studies" / "h200-qwen2.5-0.5b-serve-1024-cut-short-c")
+    tried = [judge(raw) for raw in run.trials()]
+    (told,) = run_cautions._mixed(tried)
+    assert told.text.startswith("In 10 of 18 trials engines were forked")
+    assert not list(run_cautions._mixed([one for one in tried if one.raw.engines and one.raw.engines[0].forked]))
 
 
 def test_two_engines_that_repeat_within_one_percent_are_known_as_well_as_that():

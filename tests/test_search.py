@@ -126,13 +126,13 @@ def test_the_default_engine_is_measured_first_and_last():
     world.profile()
     full = [spec for spec in world.asked if spec.workload.concurrency == 256]
     assert (full[0].engines, full[0].mps, full[0].settings, full[0].repeat) == (1, False, full[0].settings, 0)
-    assert key(full[-1]) == key(msgspec.structs.replace(full[0], repeat=1))
+    assert key(full[-1]) == key(msgspec.structs.replace(full[0], repeat=full[-1].repeat)) and full[-1].repeat > 0
 
 
 def test_what_decides_is_started_twice_and_measured_at_smaller_loads():
     world = World(by_engines(1000, 1500, 1520, mps=1.3))
     report = world.profile()
-    twice = [one for one in report.candidates if one.starts == 2]
+    twice = [one for one in report.candidates if (one.starts or 0) >= 2]
     assert {(one.engines, one.mps) for one in twice} == {(1, False), (2, False), (2, True)}
     loads = {one.engines: [point.concurrency for point in one.curve] for one in twice}
     assert loads == {1: [], 2: [64, 128, 256]}
@@ -468,15 +468,64 @@ def test_engines_that_repeat_well_are_not_made_rough_by_a_single_one_that_does_n
     assert statistics.median(widths[2]) < 0.03 < 0.08 < statistics.median(widths[1])
 
 
-def test_what_starts_of_one_engine_differ_by_is_in_its_gains():
-    """Nine of ten intervals of the gain over one engine hold the true one, also after starts that were added."""
-    held, runs = 0, 150
+@pytest.mark.parametrize("slow_start", [None, 0, 1])
+def test_what_starts_of_one_engine_differ_by_is_in_its_gains(slow_start):
+    """Nearly nine of ten intervals of the gain over one engine hold the true one, also after starts that were added,
+    and where one of the default engine's starts was set aside.
+    """
+    held, runs = 0, 100
+    usual = by_engines(1000, 1500, mps=1.3)
+
+    def slow(spec):
+        return spec.engines == 1 and not spec.mps and spec.repeat == slow_start and spec.settings.api_server_count == 1
+
     for seed in range(runs):
-        world = Uneasy(by_engines(1000, 1500, mps=1.3), noise=0.01)
+        world = Uneasy(lambda spec: usual(spec) * (0.75 if slow(spec) else 1.0), noise=0.01)
+        world.core_s = lambda spec: 0.038 if slow(spec) else 0.017
         world.chance = random.Random(seed)
         advice = world.profile().recommendation
         held += advice.mps and advice.gain_vs_default.low <= 1.95 <= advice.gain_vs_default.high
-    assert held / runs >= 0.84
+    assert held / runs >= 0.82
+
+
+@pytest.mark.parametrize("between_starts", [0.02, 0.05])
+def test_a_gain_that_just_misses_is_seldom_taken_for_one_however_often_it_is_looked_at(between_starts):
+    advised, runs = 0, 100
+    for seed in range(runs):
+        world = World(by_engines(1000, 1500, mps=1.0999), noise=0.01, between_starts=between_starts)
+        world.chance = random.Random(seed)
+        advised += bool(world.profile().recommendation.mps)
+    assert advised / runs <= 0.12
+
+
+def test_a_start_whose_rate_is_set_aside_still_has_to_keep_to_the_objectives():
+    def slow(spec):
+        return spec.mps and spec.engines == 2 and spec.repeat == 1
+
+    def report(itl_then: float):
+        world = World(by_engines(1000, 1500, mps=1.3), itl_ms=lambda spec: itl_then if slow(spec) else 20.0)
+        world.core_s = lambda spec: 0.038 if slow(spec) else 0.017
+        return world.profile(slo={"itl_p95": 30.0}).recommendation
+
+    assert (report(25.0).mps, report(25.0).concurrency) == (True, 256)
+    assert not (report(60.0).mps and report(60.0).concurrency == 256)
+
+
+def test_no_start_is_spent_on_what_does_not_start_again():
+    world = Uneasy(by_engines(1000, 1500, mps=1.3), fails=[lambda s: s.engines == 1 and s.repeat >= 2])
+    world.profile()
+    more = [spec for spec in world.asked if spec.repeat >= 2]
+    assert [spec.engines for spec in more] == [1]
+
+
+def test_a_large_min_gain_of_mps_excuses_no_doubt_between_candidates_without_it():
+    for seed in range(40):
+        world = World(by_engines(1000, 1200, mps=0.9), noise=0.06)
+        world.chance = random.Random(seed)
+        report = world.profile(min_gain=0.5, protocol=msgspec.structs.replace(FULL, more_starts=0))
+        gain = next(one for one in report.candidates if one.engines == 2 and not one.mps).gain_vs_default
+        if report.recommendation.engines == 1 and gain is not None and half_width(gain) > 0.05:
+            assert gain.high <= 1.10
 
 
 def test_starts_are_added_until_the_quoted_gains_are_known_as_well_as_the_protocol_asks():
@@ -561,10 +610,10 @@ def test_the_sentence_names_the_settings_of_several_engines():
     assert plain.sentence.startswith("Run 2 engines under MPS")
 
 
-def test_a_clear_verdict_needs_no_more_starts():
+def test_a_clear_verdict_needs_one_more_start_where_one_engine_was_repeated_only_once():
     world = World(by_engines(1000, 1500, mps=1.4), noise=0.01)
     world.profile()
-    assert max(spec.repeat for spec in world.asked) == 1
+    assert [(spec.engines, spec.repeat) for spec in world.asked if spec.repeat > 1] == [(1, 2)]
 
 
 def test_a_run_that_lacks_a_start_which_todays_estimate_would_ask_for_is_concluded_without_it():

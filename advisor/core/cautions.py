@@ -36,6 +36,7 @@ REMEDIES: dict[CautionCode, str] = {
     "dummy_weights": "Download the model first to measure with its own weights and tokenizer.",
     "load_busy": "Give the load generators faster or more cores.",
     "memory_left": "Find the process that holds it (nvidia-smi) and end it before measuring again.",
+    "mixed_starts": "Measure again with another --out where a gain between the two hangs on it.",
     "not_measured": "Look at why, then measure again with another --out.",
     "power_capped": "Compare only with GPUs that have the same power limit.",
     "preemptions": "Lower --concurrency, or give each engine more KV cache.",

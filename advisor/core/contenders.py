@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from advisor.core import numerics, slo
-from advisor.core.contention import HostSpeed, all_slowed, host_speed
+from advisor.core.contention import all_slowed, host_speed
 from advisor.core.estimate import Estimate, estimate, spread
 from advisor.core.intervals import Variance
 from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
@@ -28,7 +29,7 @@ class Contender:
     attempts: list[Tried]  # at full load, in order, accidents included
     starts: list[Tried]  # those of them that worked
     shown: Tried
-    rate: float  # what it is chosen by, its first start's tokens/s; 0.0 if it cannot be chosen
+    rate: float  # what it is chosen by, tokens/s of the first start whose rate counts; 0.0 if it cannot be chosen
     estimate: Estimate | None
     point: CurvePoint | None = None  # at the load that decides
     curve: list[CurvePoint] = field(default_factory=list)
@@ -77,34 +78,50 @@ def contenders(loads: Sequence[Tried], concurrency: int, objectives: Mapping[str
     for one in loads:
         groups.setdefault(candidate(one.spec), []).append(one)
     full = {name: [one for one in group if _load(one) == concurrency] for name, group in groups.items()}
-    host = host_speed([one.raw for one in loads])
     met = {name: attempts for name, attempts in full.items() if attempts}  # others only while the load was looked for
-    between = _between([_undisturbed([one for one in attempts if one.ok], host) for attempts in met.values()])
+    slowed = _slowed(loads)
+    between = _between([[one for one in attempts if one.ok] for attempts in met.values()], slowed)
     return [
-        _contender(attempts, groups[name], concurrency, objectives, between[attempts[0].spec.engines > 1], host)
+        _contender(attempts, groups[name], concurrency, objectives, between[attempts[0].spec.engines > 1], slowed)
         for name, attempts in met.items()
     ]
 
 
-def _between(candidates: Sequence[Sequence[Tried]]) -> dict[bool, Variance]:
+class _Between(NamedTuple):
+    """How starts of one kind differ: the kind's name, and the variance."""
+
+    kind: str
+    variance: Variance
+
+
+def _slowed(loads: Sequence[Tried]) -> list[Tried]:
+    """Trials during which nearly all cores were slow: told by the cores, never by the rate."""
+    host = host_speed([one.raw for one in loads])
+    return [one for one in loads if all_slowed(one.raw, host)]
+
+
+def _undisturbed(starts: Sequence[Tried], slowed: Sequence[Tried]) -> list[Tried]:
+    """Those of a candidate's starts whose rates count: what it gave while nearly all cores were slow says something of
+    the host at that moment, and is set aside where there is another start.
+    """
+    return [one for one in starts if one not in slowed] or list(starts)
+
+
+def _between(candidates: Sequence[Sequence[Tried]], slowed: Sequence[Tried]) -> dict[bool, _Between]:
     """How starts differ, for one engine (False) and for several: one engine that waits for its host's cores takes all
-    of their changes, several wait in turns (docs/measurement.md). Where none of a kind was started twice, as for all.
-    """
-    kinds = {
-        several: [_measurements(starts) for starts in candidates if starts and (starts[0].spec.engines > 1) == several]
-        for several in (False, True)
-    }
-    every = [starts for kind in kinds.values() for starts in kind]
-    return {
-        several: spread(kind if any(len(starts) > 1 for starts in kind) else every) for several, kind in kinds.items()
-    }
+    of their changes, several wait in turns (docs/measurement.md).
 
-
-def _undisturbed(starts: list[Tried], host: HostSpeed | None) -> list[Tried]:
-    """Those of a candidate's starts that count: what it gave while nearly all cores were slow says something of the
-    host at that moment, and is set aside where there is another start. Told by the cores, never by the rate.
+    Where none of a kind was started twice undisturbed, by all of its starts; where none was started twice, as for all.
     """
-    return [one for one in starts if not all_slowed(one.raw, host)] or starts
+    found = {}
+    for several, name in ((False, "one engine"), (True, "several engines")):
+        kind = [starts for starts in candidates if starts and (starts[0].spec.engines > 1) == several]
+        calm = [_undisturbed(starts, slowed) for starts in kind]
+        for tier, told in ((calm, name), (kind, name), (candidates, "all")):
+            if told == "all" or any(len(starts) > 1 for starts in tier):
+                found[several] = _Between(told, spread([_measurements(starts) for starts in tier]))
+                break
+    return found
 
 
 def _contender(
@@ -112,39 +129,38 @@ def _contender(
     everything: list[Tried],
     concurrency: int,
     objectives: Mapping[str, float],
-    between: Variance,
-    host: HostSpeed | None,
+    between: _Between,
+    slowed: Sequence[Tried],
 ) -> Contender:
     starts = [one for one in attempts if one.ok]
-    at_load: dict[int, list[Tried]] = {concurrency: _undisturbed(starts, host)}
+    at_load: dict[int, list[Tried]] = {concurrency: starts}
     for one in everything:
         if one.ok and _load(one) != concurrency:
             at_load.setdefault(_load(one), []).append(one)
-    aside = [one for one in starts if one not in at_load[concurrency]]
-
-    def known(group: list[Tried]) -> Estimate:
-        return estimate(_measurements(_quoted(group)), between)
 
     measured = {load: group for load, group in at_load.items() if group}
-    points = {load: _point(load, group, known(group)) for load, group in measured.items()}
+    quoted = {load: _quoted(group, _undisturbed(group, slowed)) for load, group in measured.items()}
+    known = {load: estimate(_measurements(group), between.variance, between.kind) for load, group in quoted.items()}
+    # An objective has to be kept to by every start, also by one whose rate is set aside.
+    points = {load: _point(load, group, known[load]) for load, group in measured.items()}
     curve = [points[load] for load in sorted(points)] if len(at_load) > 1 else []
+    aside = [one for one in starts if one not in _undisturbed(starts, slowed)]
     keeping = [load for load in points if slo.meets(points[load], objectives)]
     if not keeping:
         nearest = min(points.values(), key=lambda point: slo.worst(point, objectives)[0], default=None)
-        shown = _quoted(at_load[concurrency] or attempts[-1:])[0]
+        shown = quoted[concurrency][0] if starts else attempts[-1]
         return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest, aside)
+    chose = {load: _undisturbed(group, slowed)[0].rate for load, group in measured.items()}
     # Without objectives the full load decides, whatever smaller ones gave.
-    load = concurrency if not objectives and starts else max(keeping, key=lambda one: measured[one][0].rate)
-    group = measured[load]
-    shown, rate = _quoted(group)[0], group[0].rate
-    return Contender(attempts, starts, shown, rate, known(group), points[load], curve, set_aside=aside)
+    load = concurrency if not objectives and starts else max(keeping, key=lambda one: chose[one])
+    return Contender(attempts, starts, quoted[load][0], chose[load], known[load], points[load], curve, set_aside=aside)
 
 
-def _quoted(group: list[Tried]) -> list[Tried]:
+def _quoted(group: Sequence[Tried], undisturbed: list[Tried]) -> list[Tried]:
     """Those of several starts that are quoted. First starts chose, among them the default engine's: where that was
     unlucky, others look better than they are.
     """
-    return group[1:] if len(group) > 1 else group
+    return [one for one in undisturbed if one is not group[0]] or undisturbed
 
 
 def _load(one: Tried) -> int:

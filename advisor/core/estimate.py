@@ -27,12 +27,13 @@ LEAST_BETWEEN_STARTS = 0.003
 class Estimate(NamedTuple):
     """A candidate's rate over its starts, on logarithms as in `intervals`, with its two errors.
 
-    `window` is this candidate's own, `between` comes from the starts of its kind and is one estimate for all of it.
+    `window` is this candidate's own, `between` comes from the starts of its `kind` and is one estimate for all of it.
     """
 
     log_mean: float
     window: Variance
     between: Variance
+    kind: str = ""
 
     @property
     def mean(self) -> LogMean:
@@ -73,22 +74,29 @@ def spread(candidates: Sequence[Sequence[Measurement]]) -> Variance:
     return Variance(max(found, LEAST_BETWEEN_STARTS**2), math.fsum(weights) ** 2 / math.fsum(squares))
 
 
-def estimate(starts: Sequence[Measurement], between: Variance) -> Estimate:
-    """A candidate's rate from those of its starts that are quoted (at least one); `between` as `spread` gives it."""
+def estimate(starts: Sequence[Measurement], between: Variance, kind: str = "") -> Estimate:
+    """A candidate's rate from those of its starts that are quoted (at least one); `between` as `spread` gives it for
+    candidates of its kind.
+    """
     count = len(starts)
     own = add([Variance(one.log_se**2 / count**2, one.dof) for one in starts])
     mean = math.fsum(_log_rate(one) for one in starts) / count
-    return Estimate(mean, own, Variance(between.variance / count, between.dof))
+    return Estimate(mean, own, Variance(between.variance / count, between.dof), kind)
 
 
 def gain(one: Estimate, base: Estimate) -> Value:
     """How many times the base's rate, with its 90 % interval.
 
-    The errors between starts may be one estimate used twice, whose degrees of freedom do not add up as independent ones
-    do; the fewer ones are taken for both.
+    Of one kind the errors between starts are one estimate used twice: its degrees of freedom do not add up as those of
+    two independent ones do.
     """
-    between = Variance(one.between.variance + base.between.variance, min(one.between.dof, base.between.dof))
-    variance, dof = add([one.window, base.window, between])
+    terms = [one.window, base.window]
+    if one.kind == base.kind:
+        between = one.between.variance + base.between.variance
+        terms.append(Variance(between, min(one.between.dof, base.between.dof)))
+    else:
+        terms += [one.between, base.between]
+    variance, dof = add(terms)
     return value_of(one.log_mean - base.log_mean, math.sqrt(variance), dof)
 
 

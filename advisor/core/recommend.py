@@ -37,9 +37,12 @@ from advisor.core.wording import because, name, rate, rival_missing, sentence, t
 AS_GOOD = 1.03
 # An interval that straddles the threshold and is wider than this decides nothing.
 TOO_WIDE = 0.03
-# Two that cannot be told apart are as good if their ratio is known to this, or if no more than a gain that is not worth
-# its while (--min-gain) can be lost with the simpler one.
+# Two that cannot be told apart are as good if their ratio is known to this, or if no more than that can be lost with
+# the simpler one (and no more than a gain that is not worth its while, --min-gain).
 TIE_WIDTH = 0.05
+TIE_LOSS = 1.10
+# Of how starts of a kind differ, before more of them may be found unnecessary: more than two of one candidate.
+FEWEST_DOF = 1.5
 
 
 Row = tuple[Contender, Candidate]
@@ -95,7 +98,9 @@ def unsure(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> Sequ
 
 
 def _rough_gain(field: Field, choice: Contender | None) -> Sequence[Contender]:
-    """The two candidates of the quoted gain that is known worst; none where all are known as the protocol asks."""
+    """The two candidates of the quoted gain that is known worst, or those of a kind that was hardly repeated; none
+    where all are known as the protocol asks.
+    """
     wanted = field.manifest.protocol.gain_precision
     if choice is None or wanted is None:
         return []
@@ -110,8 +115,12 @@ def _rough_gain(field: Field, choice: Contender | None) -> Sequence[Contender]:
     known = [
         (half_width(gained), [one, base])
         for one, base in pairs
-        if base is not None and (gained := field.gain(one, base)) is not None
+        if base is not None and one is not base and (gained := field.gain(one, base)) is not None
     ]
+    # Few starts may agree by chance.
+    for _, pair in known:
+        if few := [one for one in pair if one.estimate is not None and one.estimate.between.dof < FEWEST_DOF]:
+            return few
     width, found = max(known, key=lambda pair: pair[0], default=(0.0, []))
     return found if width > wanted else []
 
@@ -235,7 +244,7 @@ def _compare(gained: Value, threshold: float) -> Literal["better", "no better", 
     """Whether this is a gain: beyond noise and beyond what is as good."""
     if gained.low is not None and gained.low > 1.0 and gained.value > AS_GOOD:
         return "better"
-    if half_width(gained) <= TIE_WIDTH or (gained.high or math.inf) <= threshold:
+    if half_width(gained) <= TIE_WIDTH or (gained.high or math.inf) <= min(threshold, TIE_LOSS):
         return "no better"
     return "unclear"
 

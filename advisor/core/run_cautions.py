@@ -27,6 +27,7 @@ def cautions(field: Field, tried: Sequence[Tried], advised: EngineSettings | Non
         *_not_measured(field),
         *_repeated(field),
         *_set_aside(field, tried),
+        *_mixed(tried),
         *_drift(field),
         *_settings(field, advised),
     ]
@@ -82,10 +83,21 @@ def _set_aside(field: Field, tried: Sequence[Tried]) -> Iterator[Caution]:
                 )
 
 
+def _mixed(tried: Sequence[Tried]) -> Iterator[Caution]:
+    """Whether rates of forked and of started engines differ was not measured, so nobody should have to find out."""
+    forked = [all(engine.forked for engine in one.raw.engines) for one in tried if one.ok and one.raw.engines]
+    if any(forked) and not all(forked):
+        yield caution(
+            "mixed_starts",
+            f"In {sum(forked)} of {len(forked)} trials engines were forked, in the others started; rates may differ.",
+        )
+
+
 def _drift(field: Field) -> Iterator[Caution]:
     """The same engines, started again: what changed in between, beyond what their own windows vary, is the machine."""
     for one in field.all:
-        seen = [s.measurement for s in one.starts if s.measurement is not None and s not in one.set_aside]
+        kept = [start for start in one.starts if start not in one.set_aside]
+        seen = [start.measurement for start in kept if start.measurement is not None]
         if len(seen) < 2:
             continue
         ratio = ratio_of_windows(seen[-1], seen[0])
@@ -94,8 +106,8 @@ def _drift(field: Field) -> Iterator[Caution]:
             first, last = (one.throughput_tok_per_s.value for one in (seen[0], seen[-1]))
             yield caution(
                 "drift",
-                f"{slug(one.shown.spec)}: its first start gave {first:,.0f} tokens/s, its last {last:,.0f} "
-                f"({ratio.value - 1:+.0%}); the machine changed in between.",
+                f"{slug(kept[0].spec)} gave {first:,.0f} tokens/s, {slug(kept[-1].spec)} gave {last:,.0f} "
+                f"({ratio.value - 1:+.0%}): the machine changed in between.",
             )
 
 

@@ -7,6 +7,7 @@ its chapters there are stands in the manifest's protocol, so that older recorded
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 
 import msgspec
@@ -22,6 +23,8 @@ from advisor.core.tried import Tried, candidate, key
 
 # Another engine, or another setting, has to add this much to be worth it.
 WORTH_IT = 1.03
+# Where the protocol does not say how well a rate has to be known.
+ENOUGH = 0.05
 # Another doubling of the load has to add this much (`--concurrency auto`).
 STILL_GROWS = 1.05
 LOADS, LOADS_OF_ONE_START = (32, 64, 128, 256, 512, 1024, 2048, 4096), 512
@@ -273,17 +276,29 @@ class Search:
             yield from self._once_more(default, curve=near and single is default)
 
     def _until_sure(self) -> Chapter:
-        """Where two candidates are known too roughly, start the rougher one again, a few times."""
-        for _ in range(self._protocol.more_starts):
-            rough = [one for one in unsure(self._manifest, self._tried, self._outline()) if one.attempts[-1].ok]
+        """Where two candidates are known too roughly, start the rougher one again, as often as should make it known.
+
+        How often is decided beforehand, as in two-stage sampling (Stein 1945): to look after every start, and to stop
+        as soon as there is a verdict, would favour lucky starts.
+        """
+        left, wanted = self._protocol.more_starts, self._protocol.gain_precision or ENOUGH
+        while left > 0:
+            rough = unsure(self._manifest, self._tried, self._outline())
             if not rough:
                 return
-            last = max(rough, key=lambda one: half_width(one.value) if one.value else 0.0).attempts[-1].spec
-            again = msgspec.structs.replace(last, repeat=last.repeat + 1, protocol=self._protocol)
-            try:
-                yield from self._measured(again, again=False)
-            except NotRecorded:
-                return  # a run that was sure by an earlier estimate of what it measured
+            one = max(rough, key=lambda one: half_width(one.value) if one.value else 0.0)
+            last, quoted = one.attempts[-1], max(1, len(one.starts) - len(one.set_aside) - 1)
+            width = half_width(one.value) if one.value else 2 * wanted
+            count = min(left, max(1, math.ceil(quoted * ((min(width, 1.0) / wanted) ** 2 - 1))))
+            for _ in range(count):
+                if not last.ok:
+                    return  # what does not start again is not known better
+                again = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
+                try:
+                    last = yield from self._measured(again, again=False)
+                except NotRecorded:
+                    return  # a run that was sure by an earlier estimate of what it measured
+                left -= 1
 
     def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
         """Further starts of a candidate; the last one of a finalist also at smaller loads."""

@@ -184,7 +184,8 @@ def _for_one_only(field: Field, choice: Candidate, changes: Sequence[str]) -> st
         return ""
     if choice.engines == 1:
         gained = field.gain(field.tuned, field.default) if field.tuned else None
-        return f"; {times(gained)} in later starts, and so not advised"
+        why = "it misses the objectives" if gained is None else f"{times(gained)} in later starts"
+        return f"; {why}, and so it is not advised"
     tuned, several = (_share(field, base, 2) for base in (outline.tuned, outline.several))
     measured = "" if tuned == several else "; two were not 3 % faster for it beyond noise"
     return f" for one engine{measured}"
