@@ -27,7 +27,8 @@ Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused
 CautionCode = Literal[
     "coalesced", "coarse_stream", "cpu_contention", "drift", "dummy_weights", "load_busy", "memory_left",
     "mixed_starts", "not_measured", "power_capped", "preemptions", "processes_left", "repeated", "settings_unverified",
-    "start_failed", "slow_cores", "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines", "young_front_end",
+    "start_failed", "slow_cores", "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines",
+    "young_front_end",
 ]  # fmt: skip
 Status = Literal["recommend", "inconclusive", "infeasible", "no_slo"]
 
