@@ -145,6 +145,8 @@ def test_two_engines_that_repeat_within_one_percent_are_known_as_well_as_that():
     step = next(one for one in report.waterfall if one.step == "mps")
     assert step.factor.low > 1.05 and half_width(step.factor) < 0.03
     assert [one.text[:15] for one in report.warnings if one.code == "slow_cores"] == ["1-engine-no-mps"]
+    assert any("token budget 16384; 0.97× (" in reason and "in later starts" in reason
+               for reason in report.recommendation.because)  # fmt: skip
 
 
 def test_what_was_found_on_the_h200_stays_found():

@@ -511,6 +511,18 @@ def test_a_start_whose_rate_is_set_aside_still_has_to_keep_to_the_objectives():
     assert not (report(60.0).mps and report(60.0).concurrency == 256)
 
 
+def test_a_gain_of_mps_that_is_not_advised_is_made_as_sure_as_one_that_is():
+    class Rough(World):
+        def try_out(self, spec):
+            self.between_starts = 0.03 if spec.engines > 1 else 0.002
+            return super().try_out(spec)
+
+    world = Rough(by_engines(1000, 1010, mps=0.9), noise=0.005)
+    report = world.profile()
+    assert (report.recommendation.engines, report.recommendation.mps) == (1, False)
+    assert [spec.engines for spec in world.asked if spec.repeat > 1 and spec.mps]
+
+
 def test_no_start_is_spent_on_what_does_not_start_again():
     world = Uneasy(by_engines(1000, 1500, mps=1.3), fails=[lambda s: s.engines == 1 and s.repeat >= 2])
     world.profile()

@@ -26,6 +26,8 @@ print(json.dumps({
     "argv": sys.argv[1:], "environment": dict(os.environ), "cores": sorted(os.sched_getaffinity(0)),
     "session": os.getsid(0) == os.getpid(), "folder": os.getcwd(), "stdin": sys.stdin.read(), "main": __name__,
     "handler": str(__import__("signal").getsignal(17)), "descriptors": len(os.listdir("/proc/self/fd")),
+    "wakes": __import__("signal").set_wakeup_fd(-1),
+    "threads": sys.modules["torch"].threads if "torch" in sys.modules else None,
 }))
 sys.stderr.write("and this\\n")
 """
@@ -173,6 +175,16 @@ def test_what_vllm_changes_in_the_environment_when_it_is_imported_reaches_the_en
 
     found = told(log_of(process, log))["environment"]
     assert found["CHECKED_BY"] == "NVML" and "TO_GO" not in found
+
+
+def test_a_forked_engine_has_as_many_threads_as_cores(warmed, tmp_path):
+    command = vllm_stand_in(tmp_path, "import torch")
+    (tmp_path / "packages" / "torch.py").write_text(
+        "threads = 64\ndef set_num_threads(count):\n    global threads\n    threads = count\n"
+    )
+    warm = warmed(command, {"PYTHONPATH": str(tmp_path / "packages")})
+    log = tmp_path / "its.log"
+    assert told(log_of(warm.spawn(command, [0], child_environment({}), log), log))["threads"] == 1
 
 
 def test_a_process_whose_imports_left_a_thread_running_is_not_forked(tmp_path, monkeypatch):
