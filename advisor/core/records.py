@@ -158,6 +158,7 @@ class Protocol(Record, frozen=True):
     teardown_timeout_s: float = 40.0
     unsteady_log: float = 0.15  # the halves of a window are no further apart than this, as a logarithm
     tune: bool = False  # look for the best single engine before a second one is added
+    recheck: bool = False  # start the default engine again before a setting beats what it gave on slow cores
     starts: int = 1  # of the default engine, of the tuned one, of the best without MPS and of the best under MPS
     equal_budget: bool = False  # try the winner also with the single engine's token budget divided among its engines
     curve: list[float] = []  # shares of the concurrency at which the finalists are measured too
@@ -173,6 +174,7 @@ class Protocol(Record, frozen=True):
 
 FULL = Protocol(
     tune=True,
+    recheck=True,
     starts=2,
     equal_budget=True,
     curve=[0.25, 0.5],
