@@ -156,16 +156,16 @@ def test_a_profile_with_tuning_second_starts_and_curves_says_live_what_its_repla
     replayed = report_of(bench.run("--replay", str(out), *asked, "--format", "json", environment=full))
     assert without_stamp(replayed) == without_stamp(report)
     assert report["recommendation"]["status"] in ("recommend", "inconclusive"), report["recommendation"]["sentence"]
-    default = report["candidates"][0]
     assert report["core_s"] > 0
-    several = [one for one in report["candidates"] if one["engines"] == 2 and one["starts"] == 2]
-    assert default["starts"] == 2 and several
-    assert all([point["concurrency"] for point in one["curve"]] == [2, 4, 8] for one in several)
+    # How many of its starts count depends on how fast the cores of this machine were meanwhile.
+    several = [one for one in report["candidates"] if one["engines"] == 2 and len(one["curve"]) > 1]
+    assert several and all([point["concurrency"] for point in one["curve"]] == [2, 4, 8] for one in several)
     assert {step["step"] for step in report["waterfall"]} <= {"tuned", "engines", "mps"}
     rust = next(one for one in report["candidates"] if one["settings"] and one["settings"]["rust_front_end"])
     assert rust["outcome"] == "ok", rust["why_not"]
     assert all(one["limited_by"] for one in report["candidates"] if one["outcome"] == "ok")
     names = [path.name for path in trials(out)]
+    assert any("1-engine-no-mps-repeat-1" in name for name in names)
     assert any("api2" in name for name in names) and any("load4" in name for name in names)
     assert bench.processes() == []
 
