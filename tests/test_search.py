@@ -593,6 +593,21 @@ def test_no_setting_is_credited_with_the_recovery_of_slow_cores():
     assert any(spec.engines > 1 and tuning.words(spec.settings, SETTINGS) for spec in older.asked)
 
 
+def test_a_default_engine_that_was_slow_and_does_not_start_again_is_no_measure_for_settings():
+    def slow(spec):
+        return spec.engines == 1 and not spec.mps and tuning.bare(spec.settings) == tuning.bare(SETTINGS)
+
+    plain = by_engines(1300, 1200, 1210, mps=0.9)
+    world = World(
+        lambda spec: plain(spec) * (0.72 if slow(spec) else 1.0), noise=0.005, fails=[lambda s: slow(s) and s.repeat]
+    )
+    world.core_s = lambda spec: 0.038 if slow(spec) else 0.017
+    report = world.profile()
+    assert {one.settings.api_server_count for one in world.asked if one.engines > 1} == {1}
+    assert report.recommendation.status == "inconclusive"
+    assert "while nearly all cores were slow" in report.recommendation.sentence
+
+
 def test_what_is_slow_in_every_start_is_not_set_aside():
     world = World(by_engines(1000, 1500, mps=1.3))
     world.core_s = lambda spec: 0.038 if spec.engines == 1 else 0.017

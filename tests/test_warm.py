@@ -146,13 +146,24 @@ def test_a_fork_that_comes_too_late_is_nobodys_and_does_not_live_on(warmed, tmp_
     monkeypatch.setattr(warm_module, "CLOSE_TIMEOUT_S", 0.3)
     command = script(tmp_path, "import time\ntime.sleep(60)\n")
     warm = warmed(command)
+    before = warm.spawn(command, [], child_environment({}), tmp_path / "before.log")
     worker = psutil.Process(warm._process.pid)
     worker.suspend()
     with pytest.raises(WarmGone, match="does not answer"):
-        warm.spawn(command, [], child_environment({}), tmp_path / "its.log")
-    assert not worker.is_running()
-    with pytest.raises(WarmGone):
-        warm.spawn(command, [], child_environment({}), tmp_path / "its.log")
+        warm.spawn(command, [], child_environment({}), tmp_path / "late.log")
+    assert not warm.ready() and before.poll() is None  # engines that run already are not to suffer
+    worker.resume()
+    wait_for(lambda: (tmp_path / "late.log").exists(), 5.0)
+    warm.close()
+    wait_for(lambda: not worker.is_running(), 5.0)
+    wait_for(lambda: not [one for one in psutil.process_iter() if str(tmp_path) in " ".join(_words(one))], 5.0)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline() if process.status() != psutil.STATUS_ZOMBIE else []
+    except psutil.Error:
+        return []
 
 
 def vllm_stand_in(folder: Path, text: str) -> list[str]:

@@ -10,7 +10,7 @@ import msgspec
 
 from advisor.core import numerics, slo
 from advisor.core.contention import all_slowed, host_speed
-from advisor.core.estimate import Estimate, estimate, spread
+from advisor.core.estimate import ALL, Estimate, estimate, spread
 from advisor.core.intervals import Variance
 from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
 from advisor.core.tried import Tried, candidate, slug
@@ -35,6 +35,7 @@ class Contender:
     curve: list[CurvePoint] = field(default_factory=list)
     nearest: CurvePoint | None = None
     set_aside: list[Tried] = field(default_factory=list)  # starts that are not quoted because of slow cores
+    only_slowed: bool = False  # all of its starts are of that sort, so that none could be set aside
 
     @property
     def engines(self) -> int:
@@ -117,8 +118,8 @@ def _between(candidates: Sequence[Sequence[Tried]], slowed: Sequence[Tried]) -> 
     for several, name in ((False, "one engine"), (True, "several engines")):
         kind = [starts for starts in candidates if starts and (starts[0].spec.engines > 1) == several]
         calm = [_undisturbed(starts, slowed) for starts in kind]
-        for tier, told in ((calm, name), (kind, name), (candidates, "all")):
-            if told == "all" or any(len(starts) > 1 for starts in tier):
+        for tier, told in ((calm, name), (kind, name), (candidates, ALL)):
+            if told == ALL or any(len(starts) > 1 for starts in tier):
                 found[several] = _Between(told, spread([_measurements(starts) for starts in tier]))
                 break
     return found
@@ -145,15 +146,17 @@ def _contender(
     points = {load: _point(load, group, known[load]) for load, group in measured.items()}
     curve = [points[load] for load in sorted(points)] if len(at_load) > 1 else []
     aside = [one for one in starts if one not in _undisturbed(starts, slowed)]
+    only_slowed = bool(starts) and all(one in slowed for one in starts)
     keeping = [load for load in points if slo.meets(points[load], objectives)]
     if not keeping:
         nearest = min(points.values(), key=lambda point: slo.worst(point, objectives)[0], default=None)
         shown = quoted[concurrency][0] if starts else attempts[-1]
-        return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest, aside)
+        return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest, aside, only_slowed)
     chose = {load: _undisturbed(group, slowed)[0].rate for load, group in measured.items()}
     # Without objectives the full load decides, whatever smaller ones gave.
     load = concurrency if not objectives and starts else max(keeping, key=lambda one: chose[one])
-    return Contender(attempts, starts, quoted[load][0], chose[load], known[load], points[load], curve, set_aside=aside)
+    shown, rate = quoted[load][0], chose[load]
+    return Contender(attempts, starts, shown, rate, known[load], points[load], curve, None, aside, only_slowed)
 
 
 def _quoted(group: Sequence[Tried], undisturbed: list[Tried]) -> list[Tried]:

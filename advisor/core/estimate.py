@@ -24,6 +24,10 @@ from advisor.core.records import Measurement, Value
 LEAST_BETWEEN_STARTS = 0.003
 
 
+# The kind of an estimate of `between` from all candidates of a run.
+ALL = "all"
+
+
 class Estimate(NamedTuple):
     """A candidate's rate over its starts, on logarithms as in `intervals`, with its two errors.
 
@@ -91,7 +95,7 @@ def gain(one: Estimate, base: Estimate) -> Value:
     two independent ones do.
     """
     terms = [one.window, base.window]
-    if one.kind == base.kind:
+    if one.kind == base.kind or ALL in (one.kind, base.kind):
         between = one.between.variance + base.between.variance
         terms.append(Variance(between, min(one.between.dof, base.between.dof)))
     else:

@@ -172,6 +172,8 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) 
     candidates = [*(candidate for _, candidate in rows), *missing]
     if field.default is None:
         return _inconclusive("the default engine has no valid trial, so there is nothing to compare with")
+    if field.default.only_slowed and len(field.default.starts) < manifest.protocol.starts:
+        return _inconclusive("the default engine ran while nearly all cores were slow, and did not start again")
     if why := _not_comparable(field, candidates):
         return _inconclusive(why)
     threshold = 1.0 + manifest.question.min_gain

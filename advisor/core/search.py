@@ -18,7 +18,7 @@ from advisor.core.contention import all_slowed, host_speed
 from advisor.core.errors import NotRecorded
 from advisor.core.estimate import half_width, ratio_of_windows
 from advisor.core.outline import LeftOut, Outline
-from advisor.core.recommend import unsure
+from advisor.core.recommend import FEWEST_DOF, unsure
 from advisor.core.records import ACCIDENTS, EngineSettings, Manifest, Outcome, TrialSpec
 from advisor.core.tried import Tried, candidate, key
 
@@ -108,8 +108,10 @@ class Search:
                 continue
             result = yield from self._rival(rival)
             if best is default and self._is_better(result, best) and self._was_slowed(best):
-                again = msgspec.structs.replace(default.spec, repeat=default.spec.repeat + 1)
-                default = best = self._single = yield from self._measured(again)
+                again = yield from self._measured(msgspec.structs.replace(default.spec, repeat=default.spec.repeat + 1))
+                if not again.ok or self._was_slowed(again):
+                    continue  # whether the setting or the cores made the difference cannot be told
+                default = best = self._single = again
             if self._is_better(result, best):
                 best, self._single, self._tuned = result, result, rival.settings
         return default
@@ -295,22 +297,25 @@ class Search:
         """
         left, wanted = self._protocol.more_starts, self._protocol.gain_precision or ENOUGH
         while left > 0:
-            rough = unsure(self._manifest, self._tried, self._outline())
+            found = unsure(self._manifest, self._tried, self._outline())
+            rough = [one for one in found if one.attempts[-1].ok]  # what does not start again is not known better
             if not rough:
                 return
             one = max(rough, key=lambda one: half_width(one.value) if one.value else 0.0)
             last, quoted = one.attempts[-1], max(1, len(one.starts) - len(one.set_aside) - 1)
             width = half_width(one.value) if one.value else 2 * wanted
-            count = min(left, max(1, math.ceil(quoted * ((min(width, 1.0) / wanted) ** 2 - 1))))
-            for _ in range(count):
-                if not last.ok:
-                    return  # what does not start again is not known better
+            count = math.ceil(quoted * ((min(width, 1.0) / wanted) ** 2 - 1))
+            if one.estimate is None or one.estimate.between.dof < FEWEST_DOF:
+                count = 1  # first it has to be known how starts differ
+            for _ in range(min(left, max(1, count))):
                 again = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
                 try:
                     last = yield from self._measured(again, again=False)
                 except NotRecorded:
                     return  # a run that was sure by an earlier estimate of what it measured
                 left -= 1
+                if not last.ok:
+                    break
 
     def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
         """Further starts of a candidate; the last one of a finalist also at smaller loads."""
@@ -353,6 +358,7 @@ class Search:
         if again and result.outcome in ACCIDENTS:
             result = yield msgspec.structs.replace(spec, repeat=spec.repeat + 1)
             self._tried.append(result)
+            self._results[key(result.spec)] = result  # which a second start would ask for
         self._results[key(spec)] = result
         if spec.engines > 1 and not spec.repeat:
             self._several_tried.append(result)

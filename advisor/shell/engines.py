@@ -165,14 +165,17 @@ class Engines:
         for index, (launch, port) in enumerate(zip(self._launches, port_blocks(len(self._launches)), strict=True)):
             argv = [*launch.argv, "--host", "127.0.0.1", "--port", str(port)]
             environment = {**launch.environment, "VLLM_PORT": str(port + 1)}
-            forked = self._warm is not None
-            try:
-                start = self._warm.spawn if self._warm is not None else start_pinned
-                process = start(argv, launch.cores, environment, launch.log)
-            except WarmGone:
-                self._warm, forked = None, False
-                process = start_pinned(argv, launch.cores, environment, launch.log)
+            process, forked = self._begin(argv, environment, launch)
             self._engines.append(_Engine(index, port, launch, process, forked=forked))
+
+    def _begin(self, argv: list[str], environment: dict[str, str], launch: Launch) -> tuple[Child, bool]:
+        """The engine's first process, and whether it was forked."""
+        if self._warm is not None:
+            try:
+                return self._warm.spawn(argv, launch.cores, environment, launch.log), True
+            except WarmGone:
+                environment = {name: environment[name] for name in environment if name not in self._warm.environment}
+        return start_pinned(argv, launch.cores, environment, launch.log), False
 
     def wait_ready(self, timeout_s: float, on_wait: Callable[[int], None]) -> None:
         """Wait until every engine answers its health check. Raises EngineFailed (crash, oom, timeout)."""

@@ -116,7 +116,7 @@ class Warm:
             self._news.wait_for(lambda: self._asked in self._forked or self._ended, FORK_TIMEOUT_S)
             pid = self._forked.get(self._asked)
         if pid is None:
-            self.close()  # what it forks later would be nobody's
+            self._fit = False  # what it may still fork would be nobody's: it is to be closed
             raise WarmGone("the process that engines are forked from does not answer")
         return _Forked(self, pid)
 
