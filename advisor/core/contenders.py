@@ -34,8 +34,17 @@ class Contender:
     point: CurvePoint | None = None  # at the load that decides
     curve: list[CurvePoint] = field(default_factory=list)
     nearest: CurvePoint | None = None
-    set_aside: list[Tried] = field(default_factory=list)  # starts that are not quoted because of slow cores
-    only_slowed: bool = False  # all of its starts are of that sort, so that none could be set aside
+    slowed: list[Tried] = field(default_factory=list)  # its starts while nearly all cores were slow
+
+    @property
+    def set_aside(self) -> list[Tried]:
+        """The starts whose rates are not quoted because of slow cores."""
+        return [] if self.only_slowed else self.slowed
+
+    @property
+    def only_slowed(self) -> bool:
+        """Whether all of its starts are of that sort, so that none could be set aside."""
+        return bool(self.starts) and len(self.slowed) == len(self.starts)
 
     @property
     def engines(self) -> int:
@@ -140,23 +149,23 @@ def _contender(
             at_load.setdefault(_load(one), []).append(one)
 
     measured = {load: group for load, group in at_load.items() if group}
-    quoted = {load: _quoted(group, _undisturbed(group, slowed)) for load, group in measured.items()}
+    undisturbed = {load: _undisturbed(group, slowed) for load, group in measured.items()}
+    quoted = {load: _quoted(group, undisturbed[load]) for load, group in measured.items()}
     known = {load: estimate(_measurements(group), between.variance, between.kind) for load, group in quoted.items()}
     # An objective has to be kept to by every start, also by one whose rate is set aside.
     points = {load: _point(load, group, known[load]) for load, group in measured.items()}
     curve = [points[load] for load in sorted(points)] if len(at_load) > 1 else []
-    aside = [one for one in starts if one not in _undisturbed(starts, slowed)]
-    only_slowed = bool(starts) and all(one in slowed for one in starts)
+    mine = [one for one in starts if one in slowed]
     keeping = [load for load in points if slo.meets(points[load], objectives)]
     if not keeping:
         nearest = min(points.values(), key=lambda point: slo.worst(point, objectives)[0], default=None)
         shown = quoted[concurrency][0] if starts else attempts[-1]
-        return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest, aside, only_slowed)
-    chose = {load: _undisturbed(group, slowed)[0].rate for load, group in measured.items()}
+        return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest, slowed=mine)
+    chose = {load: group[0].rate for load, group in undisturbed.items()}
     # Without objectives the full load decides, whatever smaller ones gave.
     load = concurrency if not objectives and starts else max(keeping, key=lambda one: chose[one])
     shown, rate = quoted[load][0], chose[load]
-    return Contender(attempts, starts, shown, rate, known[load], points[load], curve, None, aside, only_slowed)
+    return Contender(attempts, starts, shown, rate, known[load], points[load], curve, slowed=mine)
 
 
 def _quoted(group: Sequence[Tried], undisturbed: list[Tried]) -> list[Tried]:

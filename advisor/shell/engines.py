@@ -189,7 +189,8 @@ class Engines:
                     engine.look()
                     engine.ready_s = self._now()
                     if engine.core is None:
-                        engine.core = self._core_by_its_log(engine)
+                        # It does not bear its title.
+                        engine.core = engine.known.get(_logged_core(engine.log_text()) or 0)
             waiting = [engine for engine in self._engines if engine.ready_s is None]
             on_wait(len(self._engines) - len(waiting))
             if not waiting:
@@ -200,12 +201,6 @@ class Engines:
                     "timeout", waiting[0].index, f"engine {names} did not answer within {timeout_s:.0f} s of its start"
                 )
             time.sleep(0.2)
-
-    @staticmethod
-    def _core_by_its_log(engine: _Engine) -> Known | None:
-        """The engine core by the PID that it logs, where it does not bear its title; None where it logs none."""
-        match = _ENGINE_CORE.search(engine.log_text())
-        return engine.known.get(int(match[1])) if match else None
 
     def wait_idle(self, timeout_s: float) -> None:
         """Wait until no engine has a request left, those of an earlier window included. Raises EngineFailed."""
@@ -373,10 +368,7 @@ class Engines:
 
     def _raw(self, engine: _Engine) -> RawEngine:
         text = engine.log_text()
-        if engine.core is None and (match := _ENGINE_CORE.search(text)):
-            core_pid: int | None = int(match.group(1))
-        else:
-            core_pid = engine.core.pid if engine.core else None
+        core_pid = engine.core.pid if engine.core else _logged_core(text)
         resolved = {name: match.group(1) for name, rule in _RESOLVED.items() if (match := rule.search(text))}
         if match := _ASYNC.search(text):
             resolved["async_scheduling"] = str(match.group(1) == "enabled")
@@ -538,6 +530,12 @@ def _prompt_logprobs(rows: Sequence[Any]) -> list[float]:
     Rust front end of 0.26 gives bare figures, the Python one an object for each.
     """
     return [min(float(one["logprob"] if isinstance(one, dict) else one) for one in row.values()) for row in rows[1:]]
+
+
+def _logged_core(log: str) -> int | None:
+    """The engine core's PID by its own log lines."""
+    match = _ENGINE_CORE.search(log)
+    return int(match[1]) if match else None
 
 
 def _logged_kv_tokens(log: str) -> int | None:
