@@ -252,9 +252,9 @@ def test_a_quiet_stranger_is_no_caution_unless_an_engine_waits():
     quiet = changed(TRIAL, "strangers", [stranger(0.08, 4)])
     assert codes(quiet) == []
     assert codes(waiting(quiet, 0.04, engine=1)) == []
-    told = contention(waiting(quiet, 0.1, engine=1))
+    told = contention(waiting(quiet, 0.15, engine=1))
     assert told.startswith(
-        "PID 4711 (stress) used 8 % of core 4, which engine 1 has to itself; its engine core waited 10 %"
+        "PID 4711 (stress) used 8 % of core 4, which engine 1 has to itself; its engine core waited 15 %"
     )
 
 
