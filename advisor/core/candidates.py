@@ -97,7 +97,7 @@ def row(field: Field, one: Contender, checks: Sequence[Tried]) -> Candidate:
         limited_by=limit.what if limit else None,
         limit_evidence=limit.evidence if limit else None,
         steps=_steps(one) if shown else None,
-        starts=len(one.starts) - len(one.set_aside) or None,
+        starts=len(one.starts) or None,
         curve=one.curve,
         worst_product_error=error,
         why_not=one.why or None,

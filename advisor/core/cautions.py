@@ -43,7 +43,6 @@ REMEDIES: dict[CautionCode, str] = {
     "processes_left": "End what is left before measuring again: it takes memory and time from later trials.",
     "repeated": "Nothing, when it stays a rarity; else keep other work off this machine.",
     "settings_unverified": "Use a vLLM version that this mps-advisor knows, or check the engines' logs.",
-    "slow_cores": "Measure on a machine whose cores nobody shares, or while its neighbours rest.",
     "start_failed": "Look at why its later start failed; what rests on one start is not advised.",
     "steal": "Measure on a machine whose cores are not shared.",
     "teardown_unproven": "Check with nvidia-smi that no process is left on the GPU.",

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import msgspec
 
 from advisor.core import numerics, slo
-from advisor.core.contention import all_slowed, host_speed
 from advisor.core.estimate import ALL, Estimate, estimate, spread
 from advisor.core.intervals import Variance
 from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
 from advisor.core.tried import Tried, candidate, slug
+
+# A GPU that idles for no more than this keeps its engines waiting, not they it (percent of the window).
+BUSY_IDLE_PCT = 5.0
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,11 @@ class Contender:
     attempts: list[Tried]  # at full load, in order, accidents included
     starts: list[Tried]  # those of them that worked
     shown: Tried
-    rate: float  # what it is chosen by, tokens/s of the first start whose rate counts; 0.0 if it cannot be chosen
+    rate: float  # what it is chosen by, tokens/s of its first start; 0.0 if it cannot be chosen
     estimate: Estimate | None
     point: CurvePoint | None = None  # at the load that decides
     curve: list[CurvePoint] = field(default_factory=list)
     nearest: CurvePoint | None = None
-    slowed: list[Tried] = field(default_factory=list)  # its starts while nearly all cores were slow
-
-    @property
-    def set_aside(self) -> list[Tried]:
-        """The starts whose rates are not quoted because of slow cores."""
-        return [] if self.only_slowed else self.slowed
-
-    @property
-    def only_slowed(self) -> bool:
-        """Whether all of its starts are of that sort, so that none could be set aside."""
-        return bool(self.starts) and len(self.slowed) == len(self.starts)
 
     @property
     def engines(self) -> int:
@@ -89,10 +80,10 @@ def contenders(loads: Sequence[Tried], concurrency: int, objectives: Mapping[str
         groups.setdefault(candidate(one.spec), []).append(one)
     full = {name: [one for one in group if _load(one) == concurrency] for name, group in groups.items()}
     met = {name: attempts for name, attempts in full.items() if attempts}  # others only while the load was looked for
-    slowed = _slowed(loads)
-    between = _between([[one for one in attempts if one.ok] for attempts in met.values()], slowed)
+    started = {name: [one for one in attempts if one.ok] for name, attempts in met.items()}
+    between = _between(list(started.values()))
     return [
-        _contender(attempts, groups[name], concurrency, objectives, between[attempts[0].spec.engines > 1], slowed)
+        _contender(attempts, groups[name], concurrency, objectives, between[_waits(started[name])])
         for name, attempts in met.items()
     ]
 
@@ -104,32 +95,27 @@ class _Between(NamedTuple):
     variance: Variance
 
 
-def _slowed(loads: Sequence[Tried]) -> list[Tried]:
-    """Trials during which nearly all cores were slow: told by the cores, never by the rate."""
-    host = host_speed([one.raw for one in loads])
-    return [one for one in loads if all_slowed(one.raw, host)]
+def _waits(starts: Sequence[Tried]) -> bool:
+    """Whether these engines wait for the CPU, by how long the GPU idles. Where that is not known, one alone does."""
+    idle = [one.measurement.gpu_idle_pct for one in starts if one.measurement is not None]
+    known = [one for one in idle if one is not None]
+    if known:
+        return sum(known) / len(known) > BUSY_IDLE_PCT
+    return bool(starts) and starts[0].spec.engines == 1
 
 
-def _undisturbed(starts: Sequence[Tried], slowed: Sequence[Tried]) -> list[Tried]:
-    """Those of a candidate's starts whose rates count: what it gave while nearly all cores were slow says something of
-    the host at that moment, and is set aside where there is another start.
-    """
-    return [one for one in starts if one not in slowed] or list(starts)
+def _between(candidates: Sequence[Sequence[Tried]]) -> dict[bool, _Between]:
+    """How starts differ, for engines that wait for the CPU (True) and for those that keep the GPU busy (False): the
+    former take all changes of their host's cores, the latter hardly notice them (docs/measurement.md).
 
-
-def _between(candidates: Sequence[Sequence[Tried]], slowed: Sequence[Tried]) -> dict[bool, _Between]:
-    """How starts differ, for one engine (False) and for several: one engine that waits for its host's cores takes all
-    of their changes, several wait in turns (docs/measurement.md).
-
-    Where none of a kind was started twice undisturbed, by all of its starts; where none was started twice, as for all.
+    Where none of a kind was started twice, as for all.
     """
     found = {}
-    for several, name in ((False, "one engine"), (True, "several engines")):
-        kind = [starts for starts in candidates if starts and (starts[0].spec.engines > 1) == several]
-        calm = [_undisturbed(starts, slowed) for starts in kind]
-        for tier, told in ((calm, name), (kind, name), (candidates, ALL)):
+    for waits, name in ((False, "GPU busy"), (True, "waiting for the CPU")):
+        kind = [starts for starts in candidates if starts and _waits(starts) == waits]
+        for tier, told in ((kind, name), (candidates, ALL)):
             if told == ALL or any(len(starts) > 1 for starts in tier):
-                found[several] = _Between(told, spread([_measurements(starts) for starts in tier]))
+                found[waits] = _Between(told, spread([_measurements(starts) for starts in tier]))
                 break
     return found
 
@@ -140,7 +126,6 @@ def _contender(
     concurrency: int,
     objectives: Mapping[str, float],
     between: _Between,
-    slowed: Sequence[Tried],
 ) -> Contender:
     starts = [one for one in attempts if one.ok]
     at_load: dict[int, list[Tried]] = {concurrency: starts}
@@ -149,30 +134,28 @@ def _contender(
             at_load.setdefault(_load(one), []).append(one)
 
     measured = {load: group for load, group in at_load.items() if group}
-    undisturbed = {load: _undisturbed(group, slowed) for load, group in measured.items()}
-    quoted = {load: _quoted(group, undisturbed[load]) for load, group in measured.items()}
+    quoted = {load: _quoted(group) for load, group in measured.items()}
     known = {load: estimate(_measurements(group), between.variance, between.kind) for load, group in quoted.items()}
-    # An objective has to be kept to by every start, also by one whose rate is set aside.
+    # An objective has to be kept to by every start, also by the first.
     points = {load: _point(load, group, known[load]) for load, group in measured.items()}
     curve = [points[load] for load in sorted(points)] if len(at_load) > 1 else []
-    mine = [one for one in starts if one in slowed]
     keeping = [load for load in points if slo.meets(points[load], objectives)]
     if not keeping:
         nearest = min(points.values(), key=lambda point: slo.worst(point, objectives)[0], default=None)
         shown = quoted[concurrency][0] if starts else attempts[-1]
-        return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest, slowed=mine)
-    chose = {load: group[0].rate for load, group in undisturbed.items()}
+        return Contender(attempts, starts, shown, 0.0, None, None, curve, nearest)
+    chose = {load: group[0].rate for load, group in measured.items()}
     # Without objectives the full load decides, whatever smaller ones gave.
     load = concurrency if not objectives and starts else max(keeping, key=lambda one: chose[one])
     shown, rate = quoted[load][0], chose[load]
-    return Contender(attempts, starts, shown, rate, known[load], points[load], curve, slowed=mine)
+    return Contender(attempts, starts, shown, rate, known[load], points[load], curve)
 
 
-def _quoted(group: Sequence[Tried], undisturbed: list[Tried]) -> list[Tried]:
+def _quoted(group: Sequence[Tried]) -> Sequence[Tried]:
     """Those of several starts that are quoted. First starts chose, among them the default engine's: where that was
     unlucky, others look better than they are.
     """
-    return [one for one in undisturbed if one is not group[0]] or undisturbed
+    return group[1:] or group
 
 
 def _load(one: Tried) -> int:

@@ -35,11 +35,11 @@ from advisor.core.wording import because, name, rate, rival_missing, sentence, t
 
 # Candidates within 3 % of the best are as good; the simplest of them is advised.
 AS_GOOD = 1.03
-# An interval that straddles the threshold and is wider than this decides nothing.
-TOO_WIDE = 0.03
-# Two that cannot be told apart are as good if their ratio is known to this, or if no more than that can be lost with
-# the simpler one (and no more than a gain that is not worth its while, --min-gain).
-TIE_WIDTH = 0.05
+# What is known to this (half of an interval, as a share) is known: two that cannot be told apart are as good, and a
+# gain that straddles the threshold does not clear it. What is known worse decides nothing.
+KNOWN = 0.05
+# Two are as good as well if no more than this can be lost with the simpler one (and no more than a gain that is not
+# worth its while, --min-gain).
 TIE_LOSS = 1.10
 # Of how starts of a kind differ, before more of them may be found unnecessary: more than two of one candidate.
 FEWEST_DOF = 1.5
@@ -172,8 +172,6 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) 
     candidates = [*(candidate for _, candidate in rows), *missing]
     if field.default is None:
         return _inconclusive("the default engine has no valid trial, so there is nothing to compare with")
-    if field.default.only_slowed and len(field.default.starts) < manifest.protocol.starts:
-        return _inconclusive("the default engine ran while nearly all cores were slow, and did not start again")
     if why := _not_comparable(field, candidates):
         return _inconclusive(why)
     threshold = 1.0 + manifest.question.min_gain
@@ -246,7 +244,7 @@ def _compare(gained: Value, threshold: float) -> Literal["better", "no better", 
     """Whether this is a gain: beyond noise and beyond what is as good."""
     if gained.low is not None and gained.low > 1.0 and gained.value > AS_GOOD:
         return "better"
-    if half_width(gained) <= TIE_WIDTH or (gained.high or math.inf) <= min(threshold, TIE_LOSS):
+    if half_width(gained) <= KNOWN or (gained.high or math.inf) <= min(threshold, TIE_LOSS):
         return "no better"
     return "unclear"
 
@@ -314,7 +312,7 @@ def _undecided(one: Candidate, threshold: float) -> bool:
     gained = one.gain_vs_best_without_mps
     if gained is None or gained.low is None or gained.high is None:
         return False
-    return gained.low < threshold <= gained.high and half_width(gained) > TOO_WIDE
+    return gained.low < threshold <= gained.high and half_width(gained) > KNOWN
 
 
 def _explain(

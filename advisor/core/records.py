@@ -27,7 +27,7 @@ Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused
 CautionCode = Literal[
     "coalesced", "coarse_stream", "cpu_contention", "drift", "dummy_weights", "load_busy", "memory_left",
     "mixed_starts", "not_measured", "power_capped", "preemptions", "processes_left", "repeated", "settings_unverified",
-    "start_failed", "slow_cores", "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines",
+    "start_failed", "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines",
     "young_front_end",
 ]  # fmt: skip
 Status = Literal["recommend", "inconclusive", "infeasible", "no_slo"]
@@ -158,7 +158,7 @@ class Protocol(Record, frozen=True):
     teardown_timeout_s: float = 40.0
     unsteady_log: float = 0.15  # the halves of a window are no further apart than this, as a logarithm
     tune: bool = False  # look for the best single engine before a second one is added
-    recheck: bool = False  # start the default engine again before a setting beats what it gave on slow cores
+    confirm: bool = False  # start the default engine again before a setting beats it
     starts: int = 1  # of the default engine, of the tuned one, of the best without MPS and of the best under MPS
     equal_budget: bool = False  # try the winner also with the single engine's token budget divided among its engines
     curve: list[float] = []  # shares of the concurrency at which the finalists are measured too
@@ -174,7 +174,7 @@ class Protocol(Record, frozen=True):
 
 FULL = Protocol(
     tune=True,
-    recheck=True,
+    confirm=True,
     starts=2,
     equal_budget=True,
     curve=[0.25, 0.5],

@@ -9,7 +9,6 @@ import msgspec
 
 from advisor.core.candidates import Field
 from advisor.core.cautions import caution, teardown_cautions
-from advisor.core.contention import host_speed
 from advisor.core.estimate import ratio_of_windows
 from advisor.core.records import ACCIDENTS, Caution, EngineSettings
 from advisor.core.tried import Tried, slug
@@ -26,7 +25,6 @@ def cautions(field: Field, tried: Sequence[Tried], advised: EngineSettings | Non
         *_of_trials(tried),
         *_not_measured(field),
         *_repeated(field),
-        *_set_aside(field, tried),
         *_mixed(tried),
         *_drift(field),
         *_settings(field, advised),
@@ -70,19 +68,6 @@ def _repeated(field: Field) -> Iterator[Caution]:
             )
 
 
-def _set_aside(field: Field, tried: Sequence[Tried]) -> Iterator[Caution]:
-    host = host_speed([one.raw for one in tried if one.spec.kind == "load"])
-    for contender in field.all:
-        for start in contender.set_aside:
-            there = host_speed([start.raw])
-            if host is not None and there is not None:
-                yield caution(
-                    "slow_cores",
-                    f"{slug(start.spec)} gave {start.rate:,.0f} tokens/s while nearly all cores were slow "
-                    f"({there.core_s * 1000:.1f} ms for what takes {host.core_s * 1000:.1f}); other starts are quoted.",
-                )
-
-
 def _mixed(tried: Sequence[Tried]) -> Iterator[Caution]:
     """Whether rates of forked and of started engines differ was not measured, so nobody should have to find out."""
     forked = [all(engine.forked for engine in one.raw.engines) for one in tried if one.ok and one.raw.engines]
@@ -96,8 +81,7 @@ def _mixed(tried: Sequence[Tried]) -> Iterator[Caution]:
 def _drift(field: Field) -> Iterator[Caution]:
     """The same engines, started again: what changed in between, beyond what their own windows vary, is the machine."""
     for one in field.all:
-        kept = [start for start in one.starts if start not in one.set_aside]
-        seen = [start.measurement for start in kept if start.measurement is not None]
+        seen = [start.measurement for start in one.starts if start.measurement is not None]
         if len(seen) < 2:
             continue
         ratio = ratio_of_windows(seen[-1], seen[0])
@@ -106,7 +90,7 @@ def _drift(field: Field) -> Iterator[Caution]:
             first, last = (one.throughput_tok_per_s.value for one in (seen[0], seen[-1]))
             yield caution(
                 "drift",
-                f"{slug(kept[0].spec)} gave {first:,.0f} tokens/s, {slug(kept[-1].spec)} gave {last:,.0f} "
+                f"{slug(one.starts[0].spec)} gave {first:,.0f} tokens/s, {slug(one.starts[-1].spec)} gave {last:,.0f} "
                 f"({ratio.value - 1:+.0%}): the machine changed in between.",
             )
 

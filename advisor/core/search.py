@@ -14,7 +14,6 @@ import msgspec
 
 from advisor.core import cores, limits, memory, numerics, slo, specs, tuning
 from advisor.core.contenders import judge_logprobs
-from advisor.core.contention import all_slowed, host_speed
 from advisor.core.errors import NotRecorded
 from advisor.core.estimate import half_width, ratio_of_windows
 from advisor.core.outline import LeftOut, Outline
@@ -91,10 +90,10 @@ class Search:
         """The best single engine, one change at a time, each kept if it brings 3 %. Returns the default engine's last
         start.
         """
-        best = default
+        best, last = default, default
         for number in range(tuning.RIVALS):
             if not best.ok or best.measurement is None:
-                return default
+                break
             seen = tuning.Seen(
                 gpu_idle_pct=best.measurement.gpu_idle_pct,
                 api_fullness=limits.api_fullness(best.raw),
@@ -107,19 +106,17 @@ class Search:
                 self._leave_out(1, False, None, "skipped", f"{rival.words}: {why}", base=rival.settings)
                 continue
             result = yield from self._rival(rival)
-            if best is default and self._is_better(result, best) and self._was_slowed(best):
-                again = yield from self._measured(msgspec.structs.replace(default.spec, repeat=default.spec.repeat + 1))
-                if not again.ok or self._was_slowed(again):
-                    continue  # whether the setting or the cores made the difference cannot be told
-                default = best = self._single = again
+            if last is default and self._protocol.confirm and self._is_better(result, best):
+                # Two starts of one engine that waits for the CPU were up to 1.3 times apart (docs/measurement.md): a
+                # setting has to beat both, or it is credited with the mood of the cores.
+                last = yield from self._measured(msgspec.structs.replace(default.spec, repeat=default.spec.repeat + 1))
+                if not last.ok:
+                    break  # whether settings or cores make the difference cannot be told
+                best = max(best, last, key=lambda one: one.rate)
             if self._is_better(result, best):
-                best, self._single, self._tuned = result, result, rival.settings
-        return default
-
-    def _was_slowed(self, one: Tried) -> bool:
-        """Whether nearly all cores were slow then: a setting would be credited with their recovery."""
-        host = host_speed([other.raw for other in self._tried])
-        return self._protocol.recheck and all_slowed(one.raw, host)
+                best, self._tuned = result, rival.settings
+        self._single = best
+        return last
 
     def _rival(self, rival: tuning.Rival) -> Told:
         """A setting, tried once and with less patience: no verdict waits for one that does not start."""
@@ -287,7 +284,7 @@ class Search:
             if one.ok and name != candidate(default.spec):
                 yield from self._once_more(one, curve=name in several or near)
         if default.ok:
-            yield from self._once_more(default, curve=near and single is default)
+            yield from self._once_more(default, curve=near and candidate(single.spec) == candidate(default.spec))
 
     def _until_sure(self) -> Chapter:
         """Where two candidates are known too roughly, start the rougher one again, as often as should make it known.
@@ -302,7 +299,7 @@ class Search:
             if not rough:
                 return
             one = max(rough, key=lambda one: half_width(one.value) if one.value else 0.0)
-            last, quoted = one.attempts[-1], max(1, len(one.starts) - len(one.set_aside) - 1)
+            last, quoted = one.attempts[-1], max(1, len(one.starts) - 1)
             width = half_width(one.value) if one.value else 2 * wanted
             count = math.ceil(quoted * ((min(width, 1.0) / wanted) ** 2 - 1))
             if one.estimate is None or one.estimate.between.dof < FEWEST_DOF:
