@@ -147,7 +147,7 @@ def test_the_table_and_the_json_say_the_same(recorded):
 def test_a_profile_with_tuning_second_starts_and_curves_says_live_what_its_replay_says(bench):
     out = bench.directory / "full"
     asked = ("--model", str(bench.tiny), *WORKLOAD, "--thread-percentages", "none", "--max-engines", "2")
-    bench.engine_faults({"all": {"tokens_per_s": 800}})
+    bench.engine_faults({"all": {"tokens_per_s": 800, "steps": {"ms_per_token": 0.02}}})
     bench.gpu(gpm_values=[40.0, 30.0, 20.0, 10.0, 30.0])  # idle enough that the CPU may be the limit
     full = bench.environment | {"ADVISE_FULL": "1"}
     live = bench.run(*asked, "--out", str(out), "--format", "json", environment=full)
@@ -161,6 +161,8 @@ def test_a_profile_with_tuning_second_starts_and_curves_says_live_what_its_repla
     several = [one for one in report["candidates"] if one["engines"] == 2 and len(one["curve"]) > 1]
     assert several and all([point["concurrency"] for point in one["curve"]] == [2, 4, 8] for one in several)
     assert {step["step"] for step in report["waterfall"]} <= {"tuned", "engines", "mps"}
+    assert {(one["engines"], one["mps"]) for one in report["profile"]["overlaps"]} == {(2, False), (2, True)}
+    assert report["profile"]["decode"]["step_ms"]["value"] > 0 and report["profile"]["host"]["low"] > 0
     rust = next(one for one in report["candidates"] if one["settings"] and one["settings"]["rust_front_end"])
     assert rust["outcome"] == "ok", rust["why_not"]
     assert all(one["limited_by"] for one in report["candidates"] if one["outcome"] == "ok")

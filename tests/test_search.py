@@ -29,6 +29,7 @@ from advisor.core.records import (
     Percentiles,
     Protocol,
     Question,
+    RawStep,
     RawTrial,
     TrialSpec,
     Value,
@@ -62,7 +63,21 @@ class World:
         self.missing = lambda spec: False
         self.core_s = lambda spec: 0.017
         self.idle_of = lambda spec: idle if spec.engines == 1 else 1.0
+        self.alone = lambda spec, step: 40_000.0  # tokens/s of all engines together by the GPU's work alone
         self.chance = random.Random(1)
+
+    def steps(self, spec: TrialSpec) -> list[RawStep]:
+        def marks(step):
+            each_s = step.tokens * spec.engines / self.alone(spec, step)
+            return [(8 * each_s * number, 8 * number) for number in range(40)]
+
+        return [
+            RawStep(
+                step=number, engine=engine, tokens=step.tokens, sequences=1, mode="", graphed=True, detail="",
+                refused="", marks=marks(step),
+            )
+            for number, step in enumerate(spec.steps) for engine in range(spec.engines)
+        ]  # fmt: skip
 
     def try_out(self, spec: TrialSpec) -> Tried:
         self.asked.append(spec)
@@ -70,10 +85,12 @@ class World:
         raw = RawTrial(
             schema_version=1, spec=spec, created="", ended="completed", detail="", gpu_uuid="", window=(0.0, 15.0),
             engines=[], loads=[], cpu=[], steal_s=None, gpu=None, mps=None, foreign_pids=[], teardown=None,
-            numerics=None, timeline=[], core_speeds=probes,
+            numerics=None, timeline=[], core_speeds=probes, steps=self.steps(spec),
         )  # fmt: skip
         if any(fail(spec) for fail in self.fails):
             return Tried(spec=spec, raw=raw, outcome="crash", measurement=None, why="it died", cautions=[])
+        if spec.kind == "steps":
+            return Tried(spec=spec, raw=raw, outcome="ok", measurement=None, why="", cautions=[])
         level = self.rate(spec) * math.exp(self.chance.gauss(0, self.between_starts))
         blocks = [level * math.exp(self.chance.gauss(0, self.noise)) for _ in range(8)]
         mean = mean_of_logs(blocks)
@@ -125,7 +142,7 @@ def loads(world: World) -> list[tuple[int, bool, int, int]]:
 def test_the_default_engine_is_measured_first_and_last():
     world = World(by_engines(1000, 1500, 1520))
     world.profile()
-    full = [spec for spec in world.asked if spec.workload.concurrency == 256]
+    full = [spec for spec in world.asked if spec.kind == "load" and spec.workload.concurrency == 256]
     assert (full[0].engines, full[0].mps, full[0].settings, full[0].repeat) == (1, False, full[0].settings, 0)
     assert key(full[-1]) == key(msgspec.structs.replace(full[0], repeat=full[-1].repeat)) and full[-1].repeat > 0
 
@@ -150,7 +167,7 @@ def test_one_engine_has_a_curve_only_where_several_without_mps_do_not_leave_it_b
 def test_windows_go_on_until_they_are_known_well_only_where_they_are_quoted():
     world = World(by_engines(1000, 1500, mps=1.3))
     world.profile()
-    full = [spec for spec in world.asked if spec.workload.concurrency == 256]
+    full = [spec for spec in world.asked if spec.kind == "load" and spec.workload.concurrency == 256]
     assert {spec.protocol.precision for spec in full if not spec.repeat} == {FULL.first_precision}
     assert {spec.protocol.precision for spec in full if spec.repeat} == {FULL.precision}
     assert {spec.protocol.precision for spec in world.asked if spec.workload.concurrency < 256} == {0.0}
@@ -682,7 +699,8 @@ def test_a_winner_that_does_not_start_again_is_not_advised():
     assert report.recommendation.status == "inconclusive"
     assert "its later start failed" in report.recommendation.sentence
     # It is tried once more, and then left alone: no curve of engines that do not start.
-    assert sum(s.mps and s.engines == 2 and s.settings.max_num_batched_tokens == 8192 for s in world.asked) == 3
+    asked = [spec for spec in world.asked if spec.kind == "load"]
+    assert sum(s.mps and s.engines == 2 and s.settings.max_num_batched_tokens == 8192 for s in asked) == 3
 
 
 def test_a_loser_that_was_tried_once_more_after_an_accident_is_not_advised_for_that():

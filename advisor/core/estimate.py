@@ -89,7 +89,12 @@ def estimate(starts: Sequence[Measurement], between: Variance, kind: str = "") -
 
 
 def gain(one: Estimate, base: Estimate) -> Value:
-    """How many times the base's rate, with its 90 % interval.
+    """How many times the base's rate, with its 90 % interval."""
+    return value_of(*log_gain(one, base))
+
+
+def log_gain(one: Estimate, base: Estimate) -> LogMean:
+    """How many times the base's rate, on logarithms.
 
     Of one kind the errors between starts are one estimate used twice: its degrees of freedom do not add up as those of
     two independent ones do.
@@ -101,7 +106,7 @@ def gain(one: Estimate, base: Estimate) -> Value:
     else:
         terms += [one.between, base.between]
     variance, dof = add(terms)
-    return value_of(one.log_mean - base.log_mean, math.sqrt(variance), dof)
+    return LogMean(one.log_mean - base.log_mean, math.sqrt(variance), dof)
 
 
 def ratio_of_windows(one: Measurement, base: Measurement) -> Value:

@@ -6,12 +6,14 @@ Python; what a gain under load has beyond that is the host's.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
-from advisor.core.intervals import LogMean, log_ratio, mean_of_logs, value_of
-from advisor.core.records import RawTrial, Record, Value
+from advisor.core.intervals import LogMean, Variance, add, log_ratio, mean_of_logs, value_of
+from advisor.core.records import RawTrial, Record, Value, Workload
+from advisor.core.workload import output_tokens, prompt_tokens
 
 # A block needs several marks: between two of them steps are taken to be done evenly.
 BLOCKS_MAX, MARKS_PER_BLOCK = 8, 3
@@ -61,6 +63,31 @@ def step_rate(raw: RawTrial, step: int) -> StepRate | str:
         graphed=all(row.graphed for row in rows),
         mean=mean,
     )
+
+
+def rate_alone(raw: RawTrial, workload: Workload) -> LogMean | str:
+    """Output tokens per second of the workload if the GPU did nothing but these steps, on logarithms; a text says why
+    that is not known.
+
+    A request takes isl / p + (osl - 1) / d seconds of the GPU, with p and d the tokens per second of the prefill and
+    of the decode step: its first token comes with its prompt, and a decode workload has no prompt to read. The error is
+    that of the two rates, each by its share of the time.
+    """
+    parts: list[tuple[float, LogMean]] = []  # seconds a request, and the rate that they hang on
+    for index, step in enumerate(raw.spec.steps):
+        seen = step_rate(raw, index)
+        if isinstance(seen, str):
+            return seen
+        if step.prefill:
+            tokens = prompt_tokens(workload)
+        else:
+            tokens = output_tokens(workload) - (1 if workload.kind == "serve" else 0)
+        parts.append((tokens / seen.tok_per_s.value, seen.mean))
+    total = sum(seconds for seconds, _ in parts)
+    if total <= 0:
+        return "no step was asked for"
+    variance, dof = add([Variance((mean.log_se * seconds / total) ** 2, mean.dof) for seconds, mean in parts])
+    return LogMean(math.log(output_tokens(workload) / total), math.sqrt(variance), dof)
 
 
 def overlap(several: StepRate, one: StepRate) -> Value:

@@ -21,6 +21,7 @@ FIRST_START_S: Span = (60.0, 120.0)
 LATER_START_S: Span = (14.0, 60.0)
 TEARDOWN_S: Span = (1.0, 5.0)
 NUMERICS_S: Span = (9.0, 120.0)
+STEPS_S: Span = (8.0, 40.0)
 # Prompt and output tokens per second, and those times the model's parameters. Observed in closed loops: 28,000
 # (7B) and 81,000 (0.5B) with one engine, 268,000 (0.5B) with four; 0.4e14 to 2.2e14. With some room on both sides.
 SLOW_TOK_PER_S, SLOW_PARAMETER_TOK_PER_S = 4e4, 1e14
@@ -152,6 +153,12 @@ def _trials(
         yield load(1, f"the default engine {again}: does the machine drift", mps=False, certain=True)
         for _ in range(protocol.more_starts):
             yield load(None, "another start of what is known too roughly, for a verdict or for a gain", mps=False)
+    if protocol.gpu_alone and most >= 2:
+        span_s = _sum(LATER_START_S, STEPS_S, TEARDOWN_S)
+        yield _planned("steps", 1, False, None, "the tuned engine's GPU work alone: where its time goes", True, span_s)
+        for mps in (False, True):
+            purpose = f"the GPU's work alone of the best {'under' if mps else 'without'} MPS: do kernels overlap"
+            yield _planned("steps", None, mps, None, purpose, True, span_s)
 
 
 def _planned(

@@ -13,6 +13,7 @@ from advisor.core.candidates import Field, left_out, row
 from advisor.core.contenders import Contender, contenders, judge_logprobs
 from advisor.core.contention import host_speed
 from advisor.core.estimate import gain, half_width
+from advisor.core.gpu_work import gpu_work
 from advisor.core.outline import Outline
 from advisor.core.records import (
     ACCIDENTS,
@@ -31,7 +32,7 @@ from advisor.core.roofline import throughput_bound
 from advisor.core.run_cautions import cautions
 from advisor.core.tried import Tried, slug
 from advisor.core.waterfall import waterfall
-from advisor.core.wording import because, name, rate, rival_missing, sentence, times, unit
+from advisor.core.wording import because, name, of_the_gpu, rate, rival_missing, sentence, times, unit
 
 # Candidates within 3 % of the best are as good; the simplest of them is advised.
 AS_GOOD = 1.03
@@ -60,7 +61,8 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
     """The whole report, from judged trials alone. The manifest's question is today's, by which they are judged."""
     asked = manifest.question
     field, rows, missing = _rows(manifest, tried, outline)
-    recommendation, choice, _ = _recommend(field, rows, missing)
+    profile = _profile(field, rows, [one for one in tried if one.spec.kind == "steps"])
+    recommendation, choice, _ = _recommend(field, rows, missing, profile)
     chosen = next((candidate for one, candidate in rows if one is choice), None)
     host = host_speed([one.raw for one in tried if one.spec.kind == "load"])
     return Report(
@@ -74,7 +76,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
         workload=msgspec.structs.replace(asked.workload, concurrency=outline.concurrency),
         protocol=manifest.protocol,
         candidates=[_explain(one, candidate, field, choice, chosen) for one, candidate in rows] + missing,
-        profile=_profile(field, rows),
+        profile=profile,
         waterfall=waterfall(field.default, field.tuned, field.all, choice),
         warnings=cautions(field, tried, recommendation.settings),
         recommendation=recommendation,
@@ -92,7 +94,7 @@ def unsure(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> Sequ
     Only those that are judged at the full load: another start there says nothing of a smaller one.
     """
     field, rows, missing = _rows(manifest, tried, outline)
-    verdict = _recommend(field, rows, missing)
+    verdict = _recommend(field, rows, missing, Profile())
     rough = verdict.rough or _rough_gain(field, verdict.choice)
     return [one for one in rough if one.point is not None and one.point.concurrency == outline.concurrency]
 
@@ -133,7 +135,7 @@ def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple
     return field, rows, [left_out(manifest, one, checks) for one in outline.left_out]
 
 
-def _profile(field: Field, rows: Sequence[Row]) -> Profile:
+def _profile(field: Field, rows: Sequence[Row], steps: Sequence[Tried]) -> Profile:
     manifest, outline, single = field.manifest, field.outline, _single(field, rows)
     bound = None
     # Eight-bit products are faster than the ceilings say.
@@ -147,11 +149,22 @@ def _profile(field: Field, rows: Sequence[Row]) -> Profile:
     def figure(value: float | None, unit: str, source: Source) -> Figure | None:
         return None if value is None else Figure(value=value, unit=unit, source=source)
 
+    alone = gpu_work(field, steps, unit(field))
+    kernels = alone.decode.kernels if alone.decode else alone.prefill.kernels if alone.prefill else {}
+    best = max((one for one in alone.overlaps if one.mps), key=lambda one: one.engines, default=None)
     return Profile(
         ceilings=manifest.ceilings,
         throughput_bound=figure(bound, unit(field), "bound"),
         gpu_idle_pct=figure(single.gpu_idle_pct if single else None, "%", "measured"),
         cpu_stall_pct=figure(single.cpu_stall_pct if single else None, "%", "bound"),
+        gpu_throughput=alone.throughput,
+        attention=kernels.get("attention"),
+        mlp=kernels.get("mlp"),
+        decode=alone.decode,
+        prefill=alone.prefill,
+        overlap=best.overlap if best else None,
+        host=best.host if best else None,
+        overlaps=list(alone.overlaps),
     )
 
 
@@ -167,7 +180,7 @@ def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:
     return one.mps, one.engines, one.thread_percentages is not None, changed
 
 
-def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) -> Verdict:
+def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], profile: Profile) -> Verdict:
     manifest = field.manifest
     candidates = [*(candidate for _, candidate in rows), *missing]
     if field.default is None:
@@ -215,7 +228,7 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate]) 
         gain_vs_tuned=chosen.gain_vs_tuned,
         gain_vs_best_without_mps=chosen.gain_vs_best_without_mps,
         sentence=sentence(field, chosen, ok, threshold) + rival_missing(field, chosen, candidates),
-        because=because(field, chosen, ok, threshold, _single(field, rows)),
+        because=[*because(field, chosen, ok, threshold, _single(field, rows)), *of_the_gpu(profile)],
         cost_of_mps=deployment.COST_OF_MPS if chosen.mps else [],
         environment=deployment.environment(manifest, chosen),
         commands=deployment.commands(manifest, chosen),

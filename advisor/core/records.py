@@ -159,6 +159,7 @@ class Protocol(Record, frozen=True):
     unsteady_log: float = 0.15  # the halves of a window are no further apart than this, as a logarithm
     tune: bool = False  # look for the best single engine before a second one is added
     confirm: bool = False  # start the default engine again before a setting beats it
+    gpu_alone: bool = False  # measure fixed steps on the GPU alone, of the tuned engine and of the best several
     starts: int = 1  # of the default engine, of the tuned one, of the best without MPS and of the best under MPS
     equal_budget: bool = False  # try the winner also with the single engine's token budget divided among its engines
     curve: list[float] = []  # shares of the concurrency at which the finalists are measured too
@@ -175,6 +176,7 @@ class Protocol(Record, frozen=True):
 FULL = Protocol(
     tune=True,
     confirm=True,
+    gpu_alone=True,
     starts=2,
     equal_budget=True,
     curve=[0.25, 0.5],
@@ -665,24 +667,76 @@ class Recommendation(Record, frozen=True):
 
 
 class Figure(Record, frozen=True):
-    """One number of the profile, with its unit and where it comes from."""
+    """One number of the profile, with its unit, where it comes from, and its 90 % interval where it has one."""
 
     value: float
     unit: str
     source: Source
+    low: float | None = None
+    high: float | None = None
+
+
+class KernelPart(Record, frozen=True):
+    """One sort of kernel in a fixed step, all in %: its share of the time in which any ran; the time that the GPU's
+    ceilings allow over the time that it took; and the multiprocessors that had a block, None for kernels that fetch
+    their work themselves.
+    """
+
+    share: Figure
+    of_roofline: Figure | None = None
+    sms: Figure | None = None
+
+
+class StepProfile(Record, frozen=True):
+    """One fixed step of the tuned engine, repeated on the GPU alone: what it holds, how long it takes, where that goes.
+
+    `kernels` are by label (see `saturation`); empty, with `why`, where they were not traced or could not be told.
+    """
+
+    step: Step
+    step_ms: Figure
+    kernels: dict[str, KernelPart] = {}
+    why: str | None = None
+    trial: str | None = None
+
+
+class Overlap(Record, frozen=True):
+    """How a gain over the tuned engine divides: gain = overlap × host.
+
+    `overlap` is what these engines reach together of one engine's rate by the GPU's work alone, their smaller batches
+    included; `host` what their gain under load has beyond that. None: not known.
+    """
+
+    engines: int
+    mps: bool
+    thread_percentage: int | None
+    overlap: Figure
+    host: Figure | None
+    trial: str
 
 
 class Profile(Record, frozen=True):
     """What was found out about the model on this GPU, beside the trials. None: not found out.
 
-    `throughput_bound` is what no number of engines exceeds, by the GPU's `ceilings` (see `roofline`). The others are
-    of the best single engine: how long the GPU idles, and for how much of that the host is shown to work (see `stall`).
+    `throughput_bound` is what no number of engines exceeds, by the GPU's `ceilings` (see `roofline`). `gpu_idle_pct`
+    and `cpu_stall_pct` are of the best single engine: how long the GPU idles, and for how much of that the host is
+    shown to work (see `stall`). `gpu_throughput` is what that engine would give if the GPU never waited. `attention`
+    and `mlp` are those of the decode step where there is one; `decode` and `prefill` have all kernels.
+    `overlap` and `host` are of the best several under MPS, `overlaps` of all that were measured.
     """
 
     ceilings: Ceilings | None = None
     throughput_bound: Figure | None = None
     gpu_idle_pct: Figure | None = None
     cpu_stall_pct: Figure | None = None
+    gpu_throughput: Figure | None = None
+    attention: KernelPart | None = None
+    mlp: KernelPart | None = None
+    decode: StepProfile | None = None
+    prefill: StepProfile | None = None
+    overlap: Figure | None = None
+    host: Figure | None = None
+    overlaps: list[Overlap] = []
 
 
 class Report(Record, frozen=True):

@@ -50,12 +50,13 @@ class Search:
         self._single: Tried | None = None  # the tuned engine's first start at full load
         self._left_out: list[LeftOut] = []
         self._results: dict[str, Tried] = {}  # by trial
+        self._finalists: list[Tried] = []  # first starts of the best several, with MPS and without
         self._several_tried: list[Tried] = []  # first starts of several engines at full load
         self._tried: list[Tried] = []
 
     def story(self) -> Story:
         """default · tuning · 2 without MPS · tuned settings for 2? · 2, 3, 4 … under MPS · the winner's variants · one
-        under MPS · second starts · more starts of what is known too roughly, in this order.
+        under MPS · second starts · more starts of what is known too roughly · the GPU alone, in this order.
         """
         default = yield from self._measured(self._spec(1, mps=False))
         self._single = default
@@ -70,6 +71,7 @@ class Search:
         yield from self._measured(self._spec(1, mps=True))
         yield from self._again(default)
         yield from self._until_sure()
+        yield from self._on_the_gpu_alone()
         return self._outline()
 
     def _outline(self) -> Outline:
@@ -276,6 +278,7 @@ class Search:
             for found in (family, keeping):
                 if best := simplest_best(found, self._manifest.settings):
                     several[candidate(best.spec)] = best
+        self._finalists = list(several.values())
         single = self._single or default
         rivals = [one.rate for one in several.values() if not one.spec.mps]
         # Where several leave one engine behind without MPS, only its rate is of interest.
@@ -313,6 +316,15 @@ class Search:
                 left -= 1
                 if not last.ok:
                     break
+
+    def _on_the_gpu_alone(self) -> Chapter:
+        """Fixed steps of the tuned engine and of the best several: why they gain. No verdict waits for it."""
+        if not self._protocol.gpu_alone or not self._finalists:
+            return
+        wanted = [self._spec(1, mps=False), *(one.spec for one in self._finalists)]
+        # Not `yield from`: what is sent has no one to go to.
+        for one in {key(spec): spec for spec in map(specs.steps_spec, wanted)}.values():  # noqa: UP028
+            yield one
 
     def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
         """Further starts of a candidate; the last one of a finalist also at smaller loads."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from advisor.core import cores, memory, settings, tuning
-from advisor.core.records import EngineSettings, Manifest, TrialSpec
-from advisor.core.workload import as_served
+from advisor.core.records import EngineSettings, Manifest, Step, TrialSpec, Workload
+from advisor.core.workload import as_served, output_tokens
 
 
 def percentages(manifest: Manifest, engines: int) -> list[int]:
@@ -90,6 +90,42 @@ def asking(manifest: Manifest, concurrency: int) -> Manifest:
     """The manifest as if this load had been asked for."""
     workload = msgspec.structs.replace(manifest.question.workload, concurrency=concurrency)
     return msgspec.structs.replace(manifest, question=msgspec.structs.replace(manifest.question, workload=workload))
+
+
+# How long a fixed step is repeated, and how often it is traced on the first engine of one.
+STEP_S, TRACED = 3.0, 3
+
+
+def steps_spec(one: TrialSpec) -> TrialSpec:
+    """The GPU's work alone for the engines of this load trial, one engine traced: what front ends do is left out."""
+    if one.workload is None or one.settings is None:
+        raise ValueError("only a load trial has steps")
+    base = msgspec.structs.replace(one.settings, api_server_count=1, stream_interval=1, rust_front_end=False)
+    return msgspec.structs.replace(
+        one,
+        kind="steps",
+        settings=base,
+        repeat=0,
+        label="",
+        steps=fixed_steps(one.workload, one.engines, base),
+        step_s=STEP_S,
+        traced=TRACED if one.engines == 1 else 0,
+    )
+
+
+def fixed_steps(workload: Workload, engines: int, base: EngineSettings) -> list[Step]:
+    """What one of these engines repeats: a decode step of its share of the load, half-way through its outputs, and a
+    step that reads prompts up to the token budget; of these what the workload consists of.
+    """
+    steps = []
+    if workload.kind != "prefill":
+        share = min(max(1, workload.concurrency // engines), base.max_num_seqs)
+        grown = output_tokens(workload) // 2 if workload.kind == "serve" else 0
+        steps.append(Step(decode=share, decode_context=workload.isl + grown))
+    if workload.kind != "decode":
+        budget = base.max_num_batched_tokens
+        steps.append(Step(prefill=max(1, budget // workload.isl), prefill_tokens=min(workload.isl, budget)))
+    return steps
 
 
 def numerics_spec(manifest: Manifest, wanted: list[int], base: EngineSettings) -> TrialSpec:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from advisor.core import slo, tuning
 from advisor.core.candidates import Field
-from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Value
+from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Figure, Overlap, Profile, StepProfile, Value
 from advisor.core.tuning import GPU_BUSY_IDLE_PCT
 
 
@@ -165,6 +165,48 @@ def _why(single: Candidate) -> list[str]:
         f"One engine leaves the GPU idle for {idle:.0f} %, at least {stall:.0f} % while its own CPU threads work: "
         "others fill that, with or without MPS."
     ]
+
+
+def of_the_gpu(profile: Profile) -> list[str]:
+    """What the GPU's work alone says of a gain: whether kernels overlap, and what is the host's."""
+    reasons = [_overlapping(one) for one in profile.overlaps]
+    reasons += [_step(what, one) for what, one in (("decode", profile.decode), ("prefill", profile.prefill)) if one]
+    return [reason for reason in reasons if reason]
+
+
+def _overlapping(one: Overlap) -> str:
+    what = f"{one.engines} engines {'under' if one.mps else 'without'} MPS"
+    if one.thread_percentage is not None:
+        what += f" at {one.thread_percentage} % of the threads each"
+    shared, host = _figure_times(one.overlap), one.host and _figure_times(one.host)
+    low, high = one.overlap.low or 0.0, one.overlap.high or 0.0
+    begin = f"By the GPU's work alone {what} reach {shared} of what one engine does"
+    if low > 1.0:
+        return f"{begin}: their kernels overlap." + (f" The host's part of the gain is {host}." if host else "")
+    if high >= 1.0:
+        return f"{begin}: no gain that could be told." + (f" The host's part is {host}." if host else "")
+    lost = f"{begin}: smaller batches cost more than overlap brings."
+    if host is None:
+        return lost
+    gains = one.host is not None and (one.host.low or 0.0) > 1.0
+    return f"{lost} What is gained is the host's part, {host}." if gains else f"{lost} The host's part is {host}."
+
+
+def _step(what: str, one: StepProfile) -> str:
+    """Where a step's time goes: attention and MLP, and how near their ceilings they are."""
+    told = []
+    for label, said in (("attention", "attention"), ("mlp", "the MLP")):
+        part = one.kernels.get(label)
+        if part is not None:
+            near = "" if part.of_roofline is None else f", at {part.of_roofline.value:.0f} % of its roofline"
+            told.append(f"{said} {part.share.value:.0f} %{near}")
+    if not told:
+        return ""
+    return f"One engine's {what} step takes the GPU {one.step_ms.value:.2f} ms: {'; '.join(told)}."
+
+
+def _figure_times(figure: Figure) -> str:
+    return times(Value(value=figure.value, low=figure.low, high=figure.high))
 
 
 def _changed(field: Field, one: Candidate) -> str:

@@ -14,7 +14,7 @@ from string import ascii_lowercase
 from rich.console import Console
 from rich.text import Text
 
-from advisor.core.records import Candidate, Outcome, Percentiles, Report, Value, Workload
+from advisor.core.records import Candidate, KernelPart, Outcome, Percentiles, Report, Value, Workload
 from advisor.core.tuning import words
 from advisor.core.wording import rate, times
 from advisor.core.workload import prompt_range
@@ -93,6 +93,7 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
         yield from verdict
     yield from _where_from(report, width)
     yield from _over_loads(report)
+    yield from _gpu_time(report)
     yield from _bullets("What limits them", _limits(report), width)
     yield from _bullets("What MPS costs", _cost(report), width)
     yield from _bullets("Why not the others", _why_not(report), width)
@@ -439,6 +440,54 @@ def _shell_lines(command: str, words: Sequence[str], width: int) -> Iterator[str
         groups[-1].append(word)
     for index, group in enumerate(groups):
         yield "      " * (index > 0) + "  " * (index == 0) + " ".join(group) + " \\" * (index < len(groups) - 1)
+
+
+# ---------------------------------------------------------------- the GPU's work alone
+
+KERNELS_IN_WORDS = {
+    "attention": "attention",
+    "mlp": "MLP",
+    "projections": "projections",
+    "lm_head": "output head",
+    "norm_activation": "norm, activation",
+    "sampling": "sampling",
+    "kv_writes": "KV cache writes",
+    "other": "other",
+    "unlabelled": "could not be told",
+}
+
+
+def _gpu_time(report: Report) -> Iterator[Line]:
+    """Where the time of a step goes when the GPU never waits, and how near to its ceilings that is."""
+    profile = report.profile
+    steps = [one for one in (profile.decode, profile.prefill) if one is not None] if profile else []
+    if not steps:
+        return
+    yield "", ""
+    yield "Where the GPU's time goes, with one engine that never waits:", "bold"
+    heads = [
+        f"{one.step.decode} decode at {one.step.decode_context:,}"
+        if one.step.decode
+        else f"{one.step.prefill} prompt{'s' * (one.step.prefill > 1)} of {one.step.prefill_tokens:,}"
+        for one in steps
+    ]
+    yield _row("", heads), "dim"
+    yield _row("a step", [f"{one.step_ms.value:.2f} ms" for one in steps]), ""
+    for label, said in KERNELS_IN_WORDS.items():
+        parts = [one.kernels.get(label) for one in steps]
+        if any(part is not None and part.share.value >= 1 for part in parts):
+            yield _row(said, [_part(part) for part in parts]), ""
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"  {name:18}" + "".join(f"{cell:>29}" for cell in cells)
+
+
+def _part(part: KernelPart | None) -> str:
+    if part is None:
+        return MISSING
+    near = f" ({part.of_roofline.value:.0f} % of its roofline)" if part.of_roofline else ""
+    return f"{part.share.value:.0f} %{near}"
 
 
 # ---------------------------------------------------------------- notes
