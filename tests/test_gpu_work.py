@@ -114,6 +114,11 @@ def test_steps_that_fail_leave_the_verdict_as_it_is():
     world = World(by_engines(1000, 1500, mps=1.3), fails=[lambda spec: spec.kind == "steps"])
     report = world.profile()
     assert report.recommendation.mps and report.profile.overlap is None
+    told = [one.text for one in report.warnings if one.code == "not_measured"]
+    assert [text.partition(" could")[0] for text in told] == [
+        "steps-1-engine-no-mps", "steps-2-engines-no-mps", "steps-2-engines-mps",
+    ]  # fmt: skip
+    assert all("no verdict rests on it" in text for text in told)
 
 
 def of_the_recorded_run() -> GpuWork:

@@ -23,7 +23,7 @@ def cautions(field: Field, tried: Sequence[Tried], advised: EngineSettings | Non
     """Every caution of a trial once, with the trials it was seen in; then those of the run and of what is advised."""
     return [
         *_of_trials(tried),
-        *_not_measured(field),
+        *_not_measured(field, tried),
         *_repeated(field),
         *_mixed(tried),
         *_drift(field),
@@ -45,13 +45,20 @@ def _of_trials(tried: Sequence[Tried]) -> Iterator[Caution]:
         yield msgspec.structs.replace(told, text=f"{where[0]}{more}: {told.text}")
 
 
-def _not_measured(field: Field) -> Iterator[Caution]:
+def _not_measured(field: Field, tried: Sequence[Tried]) -> Iterator[Caution]:
     for one in field.all:
         if not one.starts and one.outcome in ACCIDENTS:
             yield caution(
                 "not_measured",
                 f"{slug(one.shown.spec)} could not be measured ({one.outcome.replace('_', ' ')}); the verdict was "
                 "reached without it.",
+            )
+    for trial in tried:
+        if trial.spec.kind == "steps" and not trial.ok:
+            yield caution(
+                "not_measured",
+                f"{slug(trial.spec)} could not be measured ({trial.why or trial.outcome.replace('_', ' ')}); what the "
+                "GPU alone gives stays unknown, and no verdict rests on it.",
             )
 
 
