@@ -26,7 +26,8 @@ from advisor.shell.store import RunFolder
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path.parent for path in (ROOT / "data").glob("*/manifest.json"))
-STUDIES = sorted(path.parent for path in (ROOT / "data" / "studies").glob("*/manifest.json"))
+STUDIES_AT = ROOT / "data" / "studies"
+STUDIES = sorted(path.parent for path in STUDIES_AT.glob("*/manifest.json"))
 KILLED_ENGINE = ROOT / "tests" / "data" / "killed-engine"
 LIMIT_BYTES = 300 * 1024
 
@@ -120,7 +121,7 @@ def test_nobody_is_said_to_have_disturbed_what_ran_alone(folder: Path):
 
 
 def test_every_recorded_start_counts_also_one_that_todays_rules_would_not_ask_for():
-    run = RunFolder(ROOT / "data" / "studies" / "h200-qwen2.5-3b-serve-1024-first-full")
+    run = RunFolder(STUDIES_AT / "h200-qwen2.5-3b-serve-1024-first-full")
     manifest, asked = run.manifest(), []
     content = msgspec.structs.replace(manifest, protocol=msgspec.structs.replace(manifest.protocol, more_starts=0))
     report = flow.profile(content, Replay(run), created="now", replayed=True, on_trial=asked.append)
@@ -129,8 +130,19 @@ def test_every_recorded_start_counts_also_one_that_todays_rules_would_not_ask_fo
     assert report.candidates == replay(run.path).candidates
 
 
+def test_what_keeps_the_gpu_busy_decides_though_other_starts_differ_by_a_tenth():
+    small = replay(STUDIES_AT / "h200-qwen2.5-0.5b-serve-1024-call-1")
+    advice = small.recommendation
+    assert (advice.status, advice.engines, advice.mps, advice.thread_percentages) == ("recommend", 4, True, None)
+    assert advice.gain_vs_best_without_mps.low > 1.10 and half_width(advice.gain_vs_best_without_mps) < 0.05
+    without = next(one for one in small.candidates if one.engines == 4 and not one.mps and one.starts == 4)
+    assert half_width(without.throughput_tok_per_s) < 0.01
+    large = replay(STUDIES_AT / "h200-qwen2.5-3b-serve-1024-call-1").recommendation
+    assert (large.status, large.engines, large.mps) == ("recommend", 1, False)
+
+
 def test_a_run_with_forked_and_started_engines_says_so():
-    run = RunFolder(ROOT / "data" / "studies" / "h200-qwen2.5-0.5b-serve-1024-cut-short-c")
+    run = RunFolder(STUDIES_AT / "h200-qwen2.5-0.5b-serve-1024-cut-short-c")
     tried = [judge(raw) for raw in run.trials()]
     (told,) = run_cautions._mixed(tried)
     assert told.text.startswith("In 10 of 18 trials engines were forked")
@@ -138,7 +150,7 @@ def test_a_run_with_forked_and_started_engines_says_so():
 
 
 def test_two_engines_that_repeat_within_one_percent_are_known_as_well_as_that():
-    report = replay(ROOT / "data" / "studies" / "h200-qwen2.5-3b-serve-1024-first-full")
+    report = replay(STUDIES_AT / "h200-qwen2.5-3b-serve-1024-first-full")
     with_mps, without = of(report, 2, True), of(report, 2, False)
     assert half_width(with_mps.throughput_tok_per_s) < 0.03 and half_width(without.throughput_tok_per_s) < 0.03
     step = next(one for one in report.waterfall if one.step == "mps")
