@@ -26,6 +26,8 @@ _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__n
 
 EXIT_UNFIT = 3
 EXIT_INTERRUPTED = 130
+# What memory is first planned for; the largest batch that fits is looked for then.
+ABLATED_BATCH = 256
 
 app = typer.Typer(
     name="mps-advisor",
@@ -195,6 +197,85 @@ def profile(
         report = profiling.live(asked, _stderr())
     _print(report, format)
     raise typer.Exit(0 if report.recommendation.status == "recommend" else 4)
+
+
+@app.command(
+    epilog="Example: mps-advisor ablate --model Qwen/Qwen2.5-3B --ctx 128,1024",
+)
+def ablate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face id, folder with config.json, or a shipped model name.", metavar="M"),
+    ] = None,
+    ctx: Annotated[
+        str | None, typer.Option(help="Context in tokens, or several: 128,512,1024.", metavar="N[,N…]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
+    gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="auto: real weights if they are on this machine; dummy: never.")
+    ] = Weights.auto,
+    out: Annotated[Path | None, typer.Option(help="Run folder for the raw evidence.", metavar="DIR")] = None,
+    vllm: Annotated[
+        str | None, typer.Option(help="How to start vLLM, if not by this Python.", metavar="COMMAND")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    replay: Annotated[
+        str | None, typer.Option(help="Replay a recorded ablation instead of measuring.", metavar="auto|DIR")
+    ] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """What attention alone and MLPs alone gain from two engines.
+
+    By the GPU's work alone, of the model without the other part, and what that lets expect of the whole model.
+    """
+    from advisor import ablating, profiling
+
+    contexts = None if ctx is None else _contexts(ctx)
+    if replay is not None:
+        if resume or out is not None or gpu is not None:
+            raise BadQuestion("--replay measures nothing and records nothing; leave out --resume, --out and --gpu")
+        report = ablating.replayed(model, contexts, replay, lambda text: typer.echo(text, err=True))
+    else:
+        if contexts is None:
+            raise BadQuestion("--ctx is missing; give the context in tokens, for example --ctx 1024")
+        asked = profiling.Asked(
+            model=model,
+            ctx=(max(contexts), None),
+            osl=(1, None),
+            workload="serve",
+            concurrency=ABLATED_BATCH,
+            max_engines=ablating.ENGINES,
+            thread_percentages="none",
+            min_gain=None,
+            slo=None,
+            dtype=dtype,
+            quantization=None,
+            kv_cache_dtype="auto",
+            gpu=gpu,
+            weights=weights.value,
+            out=out,
+            resume=resume,
+            vllm=vllm,
+        )
+        report = ablating.live(asked, contexts, _stderr())
+    if format is Format.json:
+        from advisor.report.as_json import dumps
+
+        typer.echo(dumps(report))
+    else:
+        from advisor.report.ablation import render
+
+        render(report, _stdout())
+    raise typer.Exit(0 if any(one.expected is not None for one in report.steps) else 4)
+
+
+def _contexts(text: str) -> list[int]:
+    """Contexts in tokens, ascending. One of a single token has no prompt to read."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) >= 2 for word in words):
+        raise BadQuestion(f"--ctx is “{text}”; whole numbers from 2 on, like 128,1024, are expected")
+    return sorted({int(word) for word in words})
 
 
 def _print(report: Report, format: Format) -> None:

@@ -10,10 +10,11 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
@@ -51,6 +52,9 @@ from advisor.shell.store import RunFolder, write
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from advisor.shell.live import Live
+    from advisor.shell.progress import Progress
 
 DEFAULT_MIN_GAIN = 0.10
 DEFAULT_MAX_ENGINES = 8
@@ -167,6 +171,8 @@ def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text:
     else:
         folder = replay.open_run(Path(where))
         manifest = folder.manifest()
+        if manifest.ablation is not None:
+            raise NotRecorded(f"{where} holds an ablation, not a profile: replay it with mps-advisor ablate")
         if not replay.fits(manifest, asked.model, workload, auto=asked.concurrency == "auto"):
             raise NotRecorded(f"{where} answers another question: {replay.describe(manifest)}")
     for option, wanted, recorded in (
@@ -249,8 +255,39 @@ def _machine_for_plan(selector: str | None) -> tuple[GpuFacts, HostFacts, str]:
 # ---------------------------------------------------------------- live
 
 
+class Bench(NamedTuple):
+    """This machine, ready to measure what was asked: what it is, who measures, who tells, where it is kept."""
+
+    manifest: Manifest
+    runner: Live
+    progress: Progress
+    folder: RunFolder
+
+
 def live(asked: Asked, console: Console) -> Report:
     """Measure on this machine. Everything that can be refused is refused before the first engine starts."""
+    with bench(asked, console) as (manifest, runner, progress, folder):
+        report = flow.profile(
+            manifest, runner, created=now(), replayed=False, on_trial=progress.trial, finish=runner.finish
+        )
+    keep(folder, dumps(report), console)
+    return report
+
+
+def keep(folder: RunFolder, answer: str, console: Console) -> None:
+    """Write the answer beside its evidence."""
+    try:
+        write(folder.path / "report.json", answer.encode())
+    except OSError as error:
+        # The verdict is known and the evidence is safe; only this copy of the answer is missing.
+        console.print(f"report.json could not be written: {error.strerror}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def bench(
+    asked: Asked, console: Console, complete: Callable[[Manifest], Manifest] = lambda manifest: manifest
+) -> Iterator[Bench]:
+    """Refuse what is unfit, then prepare this machine; `complete` adds to the manifest before anything is written."""
     from advisor.shell import ceilings, host, mps
     from advisor.shell.company import refuse_company
     from advisor.shell.gpu import Nvml
@@ -293,7 +330,7 @@ def live(asked: Asked, console: Console) -> Report:
             found_here = ceilings.measured(gpu, ceilings.cache_folder())
             with Nvml() as nvml:
                 refuse_company(nvml, gpu.uuid, patience_s=10.0)
-        manifest = msgspec.structs.replace(manifest, ceilings=found_here or manifest.ceilings)
+        manifest = complete(msgspec.structs.replace(manifest, ceilings=found_here or manifest.ceilings))
         model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
         tokenizer = model_folder / hub.TOKENIZER
         words = _words(tokenizer)
@@ -316,17 +353,9 @@ def live(asked: Asked, console: Console) -> Report:
         )
         console.print(f"recording in {folder.path}", soft_wrap=True, markup=False)
         with Progress(console) as progress, Live(place, folder, progress.say) as runner:
-            report = flow.profile(
-                manifest, runner, created=now(), replayed=False, on_trial=progress.trial, finish=runner.finish
-            )
+            yield Bench(manifest, runner, progress, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        write(folder.path / "report.json", dumps(report).encode())
-    except OSError as error:
-        # The verdict is known and the evidence is safe; only this copy of the answer is missing.
-        console.print(f"report.json could not be written: {error.strerror}", soft_wrap=True, markup=False)
-    return report
 
 
 def _refuse_unfit_machine(asked: Asked) -> None:
@@ -383,7 +412,7 @@ def _resumed(folder: RunFolder, fresh: Manifest, out: Path | None) -> Manifest:
         folder.create(fresh)
         return fresh
     recorded = folder.manifest()
-    for name in ("question", "model", "gpu", "software", "settings", "protocol"):
+    for name in ("question", "ablation", "model", "gpu", "software", "settings", "protocol"):
         if getattr(recorded, name) != getattr(fresh, name):
             raise Unfit(f"{folder.path} was recorded with another {name}; ask exactly as then, or choose another --out")
     if recorded.host.cores != fresh.host.cores:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from advisor import flow, profiling
-from advisor.core.records import Manifest, Report, WorkloadKind
+from advisor.core.records import Manifest, WorkloadKind
 from advisor.shell.interrupts import stop_on_signals
 
 
@@ -33,15 +33,11 @@ def run(
 ) -> None:
     """Prepare the machine as `profile` does, and let `story` ask the runner for its trials. Concludes nothing."""
 
-    def told(manifest: Manifest, runner: flow.Runner, **rest: object) -> Report:
-        story(manifest, runner)
-        raise SystemExit(0)
-
-    flow.profile = told
     stop_on_signals()
     asked = profiling.Asked(
         model=options.model, ctx=(ctx, None), osl=(128, None), workload=workload, concurrency=concurrency,
         max_engines=8, thread_percentages="none", min_gain=None, slo=None, dtype="auto", quantization=None,
         kv_cache_dtype="auto", gpu=options.gpu, weights="auto", out=options.out, resume=False, vllm=options.vllm,
     )  # fmt: skip
-    profiling.live(asked, Console(stderr=True, highlight=False))
+    with profiling.bench(asked, Console(stderr=True, highlight=False)) as bench:
+        story(bench.manifest, bench.runner)

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 
 WorkloadKind = Literal["serve", "prefill", "decode"]
 TrialKind = Literal["load", "numerics", "steps"]
+Part = Literal["attention", "mlp"]
 Source = Literal["measured", "predicted", "bound", "vendor"]
 Outcome = Literal["ok", "infeasible", "oom", "crash", "timeout", "not_attached", "wrong_results", "invalid", "skipped"]
 # Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
@@ -242,7 +243,7 @@ class TrialSpec(Record, frozen=True):
     kind "load": start `engines` engines, load them, record. `thread_percentage` None means unrestricted.
     kind "numerics": run the model's matrix products under each of `percentages` and record their errors.
     kind "steps": repeat each of `steps` on all engines at once, on the GPU alone, for `step_s`; then trace `traced`
-    more repetitions of each on the first engine.
+    more repetitions of each on the first engine. Only such a trial may be of a model `without` a part.
     `repeat` numbers deliberate repetitions of the same trial (0 is the first).
     """
 
@@ -264,6 +265,7 @@ class TrialSpec(Record, frozen=True):
     steps: list[Step] = []
     step_s: float = 0.0
     traced: int = 0
+    without: Part | None = None  # a part that every layer of the model passes by
 
 
 class LogHistogram(Record, frozen=True):
@@ -518,8 +520,18 @@ class RawTrial(Record, frozen=True):
     traces: list[RawTrace] = []
 
 
+class Ablation(Record, frozen=True):
+    """What `ablate` asks: these contexts, so many sequences that decode in all, one engine against `engines`."""
+
+    contexts: list[int]
+    batch: int
+    engines: int = 2
+
+
 class Manifest(Record, frozen=True):
-    """The head of a run folder: what was asked, of which model, on which machine."""
+    """The head of a run folder: what was asked, of which model, on which machine. `ablation` is there in runs of
+    `ablate` only, whose question then gives the longest context and the batch.
+    """
 
     schema_version: int
     created: str
@@ -531,6 +543,7 @@ class Manifest(Record, frozen=True):
     software: Software
     settings: EngineSettings  # of the default engine; with more engines only the memory shares change
     ceilings: Ceilings | None = None
+    ablation: Ablation | None = None
 
 
 # ---------------------------------------------------------------- conclusions
@@ -760,3 +773,47 @@ class Report(Record, frozen=True):
     question: Question
     core_s: float | None = None  # CPU seconds of a fixed piece of work at a core's full speed
     cores_slowed_pct: float | None = None  # share of probes of a core that took at least half as long again
+
+
+class Variant(Record, frozen=True):
+    """A model, whole or without a part, in one step: how long that takes one engine, and how many times one engine's
+    rate several reach under MPS. `why`: why one of them is not known.
+    """
+
+    step_ms: Figure | None = None
+    gain: Figure | None = None
+    why: str | None = None
+
+
+class AblatedStep(Record, frozen=True):
+    """One fixed step of a model and of its parts, on the GPU alone.
+
+    `expected` is the mean of the two parts' gains, each weighted by its share of their time with one engine
+    (`attention_share` and the rest); `expected_over_whole` is how far that is from the whole model's gain.
+    """
+
+    kind: Literal["decode", "prefill"]
+    context: int
+    whole: Variant
+    attention_only: Variant
+    mlp_only: Variant
+    attention_share: Figure | None = None
+    expected: Figure | None = None
+    expected_over_whole: Figure | None = None
+
+
+class AblationReport(Record, frozen=True):
+    """What `ablate` answers."""
+
+    schema_version: int
+    created: str
+    replayed: bool
+    model: ModelFacts
+    gpu: GpuFacts
+    host: HostFacts
+    software: Software
+    settings: EngineSettings
+    ablation: Ablation
+    steps: list[AblatedStep]
+    warnings: list[Caution]
+    sentence: str

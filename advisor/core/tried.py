@@ -65,6 +65,8 @@ def slug(spec: TrialSpec) -> str:
     parts += [f"{spec.engines}-engine" + ("s" if spec.engines > 1 else ""), "mps" if spec.mps else "no-mps"]
     if spec.thread_percentage is not None:
         parts.append(f"{spec.thread_percentage}pct")
+    if spec.without is not None:
+        parts.append(f"without-{spec.without}")
     if spec.label:
         parts.append(spec.label)
     if spec.repeat:

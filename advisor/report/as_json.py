@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 
 from advisor.core.errors import DamagedRecord
-from advisor.core.records import Report
+from advisor.core.records import AblationReport, Report
 from advisor.core.schema import check_version, report_schema
 
 # Enough for any measured figure, and few enough that the last bits of floating point do not show.
 SIGNIFICANT_DIGITS = 6
 
 
-def dumps(report: Report) -> str:
+def dumps(report: Report | AblationReport) -> str:
     """The report as indented JSON: keys as declared, free-form keys sorted, numbers to 6 significant digits.
 
     The model's facts are kept to the last digit, because its config.json is a quotation. Raises ValueError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from advisor.core.errors import NotRecorded
@@ -54,6 +54,7 @@ def _length(mean: int, between: tuple[int, int] | None) -> str:
 def choose(model: str | None, workload: Workload | None, *, auto: bool = False) -> RunFolder:
     """The shipped run that fits a question exactly. Raises NotRecorded that lists what there is."""
     runs = [(folder, folder.manifest()) for folder in shipped_runs()]
+    runs = [(folder, manifest) for folder, manifest in runs if manifest.ablation is None]
     fitting = [(folder, manifest) for folder, manifest in runs if fits(manifest, model, workload, auto=auto)]
     if fitting:
         # Among runs of the same question the one that was recorded as a live run would be now comes first.
@@ -81,6 +82,29 @@ def fits(manifest: Manifest, model: str | None, workload: Workload | None, *, au
             == (asked.kind, asked.isl, asked.osl, asked.concurrency, asked.isl_range, asked.osl_range)
         )
     )
+
+
+def choose_ablation(model: str, contexts: Sequence[int] | None) -> RunFolder:
+    """The shipped ablation of a model at these contexts. Raises NotRecorded that lists what there is."""
+    runs = [(folder, folder.manifest()) for folder in shipped_runs()]
+    runs = [(folder, manifest) for folder, manifest in runs if manifest.ablation is not None]
+    for folder, manifest in runs:
+        if fits_ablation(manifest, model, contexts):
+            return folder
+    listing = "\n".join(f"  {describe_ablation(manifest)}" for _, manifest in runs) or "  none"
+    raise NotRecorded(f"no recorded ablation fits this question; those that are shipped:\n{listing}")
+
+
+def fits_ablation(manifest: Manifest, model: str | None, contexts: Sequence[int] | None) -> bool:
+    """Whether a recorded ablation answers this question. None leaves a side open."""
+    asked = manifest.ablation
+    same_model = model is None or _same_model(model, manifest.model)
+    return asked is not None and same_model and (contexts is None or list(contexts) == asked.contexts)
+
+
+def describe_ablation(manifest: Manifest) -> str:
+    contexts = manifest.ablation.contexts if manifest.ablation else []
+    return f"{manifest.model.name} --ctx {','.join(map(str, contexts))} ({manifest.gpu.name})"
 
 
 def _same_model(asked: str, recorded: ModelFacts) -> bool:

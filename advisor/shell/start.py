@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from advisor.shell.engines import SERVED_NAME, EngineFailed, Engines, Launch
 from advisor.shell.gpu import Nvml, Sampler
 from advisor.shell.interrupts import Say, whole
 from advisor.shell.place import Place
+from advisor.shell.plugged import plugged_in
 from advisor.shell.processes import child_environment
 from advisor.shell.warm import Warm
 
@@ -117,15 +116,11 @@ class Start:
         argv = [*self.place.vllm_command, "serve", str(self.place.model_folder)]
         argv += ["--served-model-name", SERVED_NAME]
         argv += serve_arguments(self._settings, self._workload.kind)
-        inside = {}
+        inside: Mapping[str, str] = {}
         if self.spec.kind == "steps":
-            # In a folder of its own: vLLM's environment must find this file and nothing else of ours.
             folder = self.directory / "inside"
-            folder.mkdir()
-            shutil.copy(Path(__file__).with_name("inside.py"), folder / "mps_advisor_inside.py")
-            argv += ["--worker-extension-cls", "mps_advisor_inside.FixedSteps"]
-            paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-            inside = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_SERVER_DEV_MODE": "1"}
+            more, inside = plugged_in(folder, self.spec.without, self.place.manifest.model.architecture)
+            argv += more
         return [
             Launch(
                 argv=argv,

@@ -98,6 +98,17 @@ def parse(arguments):
     return model, flags
 
 
+def plugged_in():
+    """The text of all plug-ins that this vLLM would find, by their entry points."""
+    texts = []
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        for found in Path(folder).glob("*.dist-info/entry_points.txt"):
+            group, _, line = found.read_text().strip().partition("\n")
+            if group == "[vllm.general_plugins]":
+                texts.append((Path(folder) / f"{line.partition(' = ')[2].partition(':')[0]}.py").read_text())
+    return "\n".join(texts)
+
+
 def read_faults(port):
     path = os.environ.get("VLLM_STUB_FAULTS")
     if not path or not Path(path).exists():
@@ -122,6 +133,10 @@ class Config:
         self.host = flags.get("host", "127.0.0.1")
         self.name = flags.get("served_model_name", model)
         self.faults = read_faults(self.port)
+        overrides = json.loads(flags.get("hf_overrides", "{}"))
+        self.overridden = overrides.get("architectures", [None])[0]
+        if self.overridden and self.overridden not in plugged_in():
+            sys.exit(f"Model architectures ['{self.overridden}'] are not supported for now.")
         try:
             shape = json.loads((Path(model) / "config.json").read_text())
         except OSError:
@@ -632,7 +647,8 @@ class Server:
                 tokens = asked.get("decode", 0) + asked.get("prefill", 0) * asked.get("prefill_tokens", 0)
                 if tokens > self.config.budget:
                     return {"refused": f"{tokens} tokens are more than the budget {self.config.budget}"}
-                self.step_s = rates.get("ms_per_token", 0.1) * tokens / 1000
+                left = rates.get("left", {}).get(self.config.overridden, 1.0)
+                self.step_s = rates.get("ms_per_token", 0.1) * left * tokens / 1000
                 sequences = asked.get("decode", 0) + asked.get("prefill", 0)
                 return {"tokens": tokens, "sequences": sequences, "mode": "FULL", "graphed": True, "why": ""}
             case "advisor_run":
