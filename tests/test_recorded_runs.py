@@ -141,6 +141,15 @@ def test_what_keeps_the_gpu_busy_decides_though_other_starts_differ_by_a_tenth()
     assert (large.status, large.engines, large.mps) == ("recommend", 1, False)
 
 
+def test_starts_that_differ_are_named_and_with_them_the_slower_host():
+    report = replay(STUDIES_AT / "h200-qwen2.5-0.5b-serve-1024-call-1")
+    told = {one.text.split(" gave ")[0]: one.text for one in report.warnings if one.code == "drift"}
+    four = told["6 starts of 4-engines-mps-api2"]
+    assert "26,963 to 29,624" in four and "load generators, on cores of their own, needed 17% more" in four
+    # Those that keep the GPU busy repeat.
+    assert not any("no-mps" in which and which.startswith("4 starts of 4-engines") for which in told)
+
+
 def test_a_run_with_forked_and_started_engines_says_so():
     run = RunFolder(STUDIES_AT / "h200-qwen2.5-0.5b-serve-1024-cut-short-c")
     tried = [judge(raw) for raw in run.trials()]

@@ -236,6 +236,20 @@ def _power_w(raw: RawTrial) -> float | None:
     return math.fsum(samples) / len(samples) if samples else None
 
 
+def load_s_per_piece(raw: RawTrial) -> float | None:
+    """CPU seconds of the load generators for each streamed piece that they received in the window.
+
+    They do the same work in every start of a candidate, on cores of their own: what it costs them says how fast the
+    host's cores were meanwhile. Not to be compared between candidates: a slower stream wakes them more often for less.
+    """
+    seconds = [use.cpu_s for use in raw.cpu if use.role == "load"]
+    tokens, pieces = sum(load.output_tokens for load in raw.loads), sum(load.chunks for load in raw.loads)
+    if raw.window is None or not seconds or not tokens or not pieces:
+        return None
+    received = tokens_between(raw.loads, *raw.window) * pieces / tokens
+    return math.fsum(seconds) / received if received else None
+
+
 def cpu_pct(raw: RawTrial, role: Role) -> float | None:
     """CPU time of the busiest process of a role over the window, in percent of one core; None if none was seen."""
     return _busiest_pct(raw, [use.cpu_s for use in raw.cpu if use.role == role])

@@ -10,11 +10,16 @@ import msgspec
 from advisor.core.candidates import Field
 from advisor.core.cautions import caution, teardown_cautions
 from advisor.core.estimate import ratio_of_windows
+from advisor.core.measure import load_s_per_piece
 from advisor.core.records import ACCIDENTS, Caution, EngineSettings
 from advisor.core.tried import Tried, slug
 
 # Two starts of the same engines differ by less on a machine that stays as it is.
 DRIFT_MAX = 0.05
+# Load generators that need so much more for the same work ran on slower cores.
+SLOWER = 1.05
+# Mean range of 2, 3, … normal values, in standard deviations (Tippett 1925).
+_RANGES = (1.128, 1.693, 2.059, 2.326, 2.534, 2.704, 2.847)
 # A 99 % interval is about so much wider than a 90 % one; several candidates are looked at, and none may cry wolf.
 CERTAIN = 1.6
 
@@ -86,20 +91,34 @@ def _mixed(tried: Sequence[Tried]) -> Iterator[Caution]:
 
 
 def _drift(field: Field) -> Iterator[Caution]:
-    """The same engines, started again: what changed in between, beyond what their own windows vary, is the machine."""
+    """The same engines, started again: what differs beyond what their own windows vary is the machine."""
     for one in field.all:
-        seen = [start.measurement for start in one.starts if start.measurement is not None]
+        seen = [start for start in one.starts if start.measurement is not None]
         if len(seen) < 2:
             continue
-        ratio = ratio_of_windows(seen[-1], seen[0])
-        sure = CERTAIN * math.log((ratio.high or math.inf) / ratio.value)
-        if abs(math.log(ratio.value)) > max(DRIFT_MAX, sure):
-            first, last = (one.throughput_tok_per_s.value for one in (seen[0], seen[-1]))
+        low, high = min(seen, key=lambda start: start.rate), max(seen, key=lambda start: start.rate)
+        assert low.measurement is not None and high.measurement is not None
+        ratio = ratio_of_windows(high.measurement, low.measurement)
+        # The range of several is wider than the difference of two.
+        wider = _RANGES[min(len(seen), len(_RANGES) + 1) - 2] / _RANGES[0]
+        sure = CERTAIN * wider * math.log((ratio.high or math.inf) / ratio.value)
+        if math.log(ratio.value) > max(DRIFT_MAX, sure):
             yield caution(
                 "drift",
-                f"{slug(one.starts[0].spec)} gave {first:,.0f} tokens/s, {slug(one.starts[-1].spec)} gave {last:,.0f} "
-                f"({ratio.value - 1:+.0%}): the machine changed in between.",
+                f"{len(seen)} starts of {slug(one.starts[0].spec)} gave {low.rate:,.0f} to {high.rate:,.0f} tokens/s: "
+                f"the machine changed in between{_slower(low, high)}.",
             )
+
+
+def _slower(low: Tried, high: Tried) -> str:
+    """Whether the host's cores were slower when the rate was lower, as the load generators show it."""
+    spent, usual = load_s_per_piece(low.raw), load_s_per_piece(high.raw)
+    if spent is None or not usual or spent < SLOWER * usual:
+        return ""
+    return (
+        f" (for the same work its load generators, on cores of their own, needed {spent / usual - 1:.0%} more CPU time "
+        "at the lowest)"
+    )
 
 
 def _settings(field: Field, advised: EngineSettings | None) -> Iterator[Caution]:
