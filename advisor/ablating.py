@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from advisor import profiling
+from advisor.core import scheduling
 from advisor.core.ablation import conclude, largest_batch, trials
 from advisor.core.errors import BadQuestion, NotRecorded
-from advisor.core.records import Ablation, AblationReport, Manifest
+from advisor.core.records import Ablation, AblationReport, Manifest, TrialSpec
 from advisor.core.specs import asking
 from advisor.core.tried import judge
 from advisor.report.as_json import dumps
@@ -24,17 +25,19 @@ if TYPE_CHECKING:
 ENGINES = 2
 
 
-def live(asked: profiling.Asked, contexts: Sequence[int], console: Console) -> AblationReport:
-    """Take the model apart on this machine. `asked.ctx` is the longest of the contexts, which memory is planned for."""
+def live(asked: profiling.Asked, contexts: Sequence[int], loads: Sequence[int], console: Console) -> AblationReport:
+    """Take the model apart on this machine. `asked.ctx` is the longest of the contexts, which memory is planned for;
+    asynchronous scheduling is turned off and on at the `loads`.
+    """
 
     def complete(manifest: Manifest) -> Manifest:
         batch = largest_batch(manifest, contexts, ENGINES)
-        ablation = Ablation(contexts=list(contexts), batch=batch, engines=ENGINES)
+        ablation = Ablation(contexts=list(contexts), batch=batch, engines=ENGINES, loads=list(loads))
         return msgspec.structs.replace(asking(manifest, batch), ablation=ablation)
 
     with profiling.bench(asked, console, complete) as (manifest, runner, progress, folder):
         tried = []
-        for spec in trials(manifest):
+        for spec in _all_trials(manifest):
             tried.append(judge(runner.run(spec)))
             progress.trial(tried[-1])
         runner.finish()
@@ -43,6 +46,10 @@ def live(asked: profiling.Asked, contexts: Sequence[int], console: Console) -> A
     report = conclude(manifest, tried, created=now(), replayed=False)
     profiling.keep(folder, dumps(report), console)
     return report
+
+
+def _all_trials(manifest: Manifest) -> list[TrialSpec]:
+    return [*trials(manifest), *scheduling.trials(manifest)]
 
 
 def replayed(
@@ -62,7 +69,7 @@ def replayed(
         raise NotRecorded(f"{where} answers another question: {replay.describe_ablation(manifest)}")
     runner = replay.Replay(folder)
     tried = []
-    for spec in trials(manifest):
+    for spec in _all_trials(manifest):
         try:
             tried.append(judge(runner.run(spec)))
         except NotRecorded:

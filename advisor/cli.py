@@ -210,6 +210,15 @@ def ablate(
     ctx: Annotated[
         str | None, typer.Option(help="Context in tokens, or several: 128,512,1024.", metavar="N[,N…]")
     ] = None,
+    async_scheduling: Annotated[
+        str | None,
+        typer.Option(
+            help="Also turn asynchronous scheduling off and on under these loads: requests in flight, like 64,256. "
+            "[default: not]",
+            metavar="N[,N…]",
+        ),
+    ] = None,
+    osl: Annotated[int, typer.Option(min=1, help="Output length in tokens under load.")] = 128,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
     gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
     weights: Annotated[
@@ -231,7 +240,8 @@ def ablate(
     """
     from advisor import ablating, profiling
 
-    contexts = None if ctx is None else _contexts(ctx)
+    contexts = None if ctx is None else _numbers(ctx, "--ctx", 2)
+    loads = [] if async_scheduling is None else _numbers(async_scheduling, "--async-scheduling", 1)
     if replay is not None:
         if resume or out is not None or gpu is not None:
             raise BadQuestion("--replay measures nothing and records nothing; leave out --resume, --out and --gpu")
@@ -242,7 +252,7 @@ def ablate(
         asked = profiling.Asked(
             model=model,
             ctx=(max(contexts), None),
-            osl=(1, None),
+            osl=(osl, None),
             workload="serve",
             concurrency=ABLATED_BATCH,
             max_engines=ablating.ENGINES,
@@ -258,7 +268,7 @@ def ablate(
             resume=resume,
             vllm=vllm,
         )
-        report = ablating.live(asked, contexts, _stderr())
+        report = ablating.live(asked, contexts, loads, _stderr())
     if format is Format.json:
         from advisor.report.as_json import dumps
 
@@ -270,11 +280,11 @@ def ablate(
     raise typer.Exit(0 if any(one.expected is not None for one in report.steps) else 4)
 
 
-def _contexts(text: str) -> list[int]:
-    """Contexts in tokens, ascending. One of a single token has no prompt to read."""
+def _numbers(text: str, option: str, least: int) -> list[int]:
+    """Whole numbers, ascending. (A context of a single token has no prompt to read.)"""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) >= 2 for word in words):
-        raise BadQuestion(f"--ctx is “{text}”; whole numbers from 2 on, like 128,1024, are expected")
+    if not all(word.isascii() and word.isdigit() and int(word) >= least for word in words):
+        raise BadQuestion(f"{option} is “{text}”; whole numbers from {least} on, like 128,1024, are expected")
     return sorted({int(word) for word in words})
 
 

@@ -238,7 +238,7 @@ def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
     live = ablate(bench, *asked, "--out", "run", "--format", "json")
     assert live.returncode == 0, live.stderr
     report = json.loads(live.stdout)
-    assert report["ablation"] == {"contexts": [64], "batch": 1024, "engines": 2}
+    assert report["ablation"] == {"contexts": [64], "batch": 1024, "engines": 2, "loads": []}
     decode, prefill = report["steps"]
     assert (decode["kind"], prefill["kind"]) == ("decode", "prefill")
     for part, share in (("attention_only", 0.7), ("mlp_only", 0.4)):
@@ -269,6 +269,30 @@ def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
     assert short["steps"][0]["mlp_only"]["gain"] is None and short["steps"][0]["whole"]["gain"] is not None
     rewrite(trials(bench.directory / "run")[0], lambda raw: raw["steps"][0].update(marks=[]))
     assert ablate(bench, "--replay", "run").returncode == 4
+
+
+def test_asynchronous_scheduling_is_turned_off_and_on_under_load(bench):
+    slow = [{"tokens_per_s": 1000, "steps": {"ms_per_token": 0.02}}]
+    bench.engine_faults({"all": slow})
+    asked = ("--model", str(bench.tiny), "--ctx", "64", "--osl", "16", "--vllm", " ".join(bench.vllm))
+    live = ablate(bench, *asked, "--async-scheduling", "4,8", "--out", "run", "--format", "json")
+    assert live.returncode == 0, live.stderr
+    report = json.loads(live.stdout)
+    rows = [(one["concurrency"], one["engines"], one["mps"], one["async_scheduling"]) for one in report["scheduling"]]
+    assert rows == [
+        (load, engines, engines == 2, on) for load in (4, 8) for engines in (1, 2) for on in (False, True)
+    ]  # fmt: skip
+    assert all(one["throughput_tok_per_s"]["value"] > 0 and one["e2e_ms"]["p50"] > 0 for one in report["scheduling"])
+    # Over one engine without it at the same load, which has no gain over itself.
+    gains = {row: one["gain"] for row, one in zip(rows, report["scheduling"], strict=True)}
+    assert gains[8, 1, False, False] is None
+    assert gains[8, 1, False, True]["value"] == pytest.approx(1.0, abs=0.1)
+    assert gains[8, 2, True, False]["value"] == pytest.approx(2.0, abs=0.2)
+    manifest = json.loads((bench.directory / "run" / "manifest.json").read_text())
+    assert manifest["ablation"]["loads"] == [4, 8]
+    shown = ablate(bench, "--replay", "run")
+    assert "Asynchronous scheduling off and on, under load:" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines()[2:])) <= 80
 
 
 @pytest.mark.parametrize("ctx", ["", "1", "x", "128,", "128:256", "-5"])

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from advisor.core import memory, specs, tuning
+from advisor.core import memory, scheduling, specs, tuning
 from advisor.core.cautions import caution
 from advisor.core.errors import NoHonestAnswer
 from advisor.core.intervals import LogMean, Variance, add, log_ratio, value_of
@@ -145,6 +145,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
         settings=_settings(manifest, asked.batch),
         ablation=asked,
         steps=steps,
+        scheduling=scheduling.scheduled(manifest, tried),
         warnings=failed,
         sentence=_sentence(asked, steps),
     )

@@ -521,11 +521,16 @@ class RawTrial(Record, frozen=True):
 
 
 class Ablation(Record, frozen=True):
-    """What `ablate` asks: these contexts, so many sequences that decode in all, one engine against `engines`."""
+    """What `ablate` asks: these contexts, so many sequences that decode in all, one engine against `engines`.
+
+    `loads` are the requests in flight at which asynchronous scheduling is turned off and on, under load; empty: it is
+    not.
+    """
 
     contexts: list[int]
     batch: int
     engines: int = 2
+    loads: list[int] = []
 
 
 class Manifest(Record, frozen=True):
@@ -802,6 +807,22 @@ class AblatedStep(Record, frozen=True):
     expected_over_whole: Figure | None = None
 
 
+class Scheduled(Record, frozen=True):
+    """Engines with or without asynchronous scheduling at one load. `gain` is over one engine without it."""
+
+    engines: int
+    mps: bool
+    async_scheduling: bool
+    concurrency: int
+    throughput_tok_per_s: Value | None = None
+    gain: Value | None = None
+    e2e_ms: Percentiles | None = None
+    gpu_idle_pct: float | None = None
+    cpu_stall_pct: float | None = None
+    trial: str | None = None
+    why: str | None = None
+
+
 class AblationReport(Record, frozen=True):
     """What `ablate` answers."""
 
@@ -815,5 +836,6 @@ class AblationReport(Record, frozen=True):
     settings: EngineSettings
     ablation: Ablation
     steps: list[AblatedStep]
+    scheduling: list[Scheduled]
     warnings: list[Caution]
     sentence: str

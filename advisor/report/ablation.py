@@ -41,6 +41,7 @@ def _lines(report: AblationReport, width: int) -> Iterator[Line]:
             if (why := part.why)}  # fmt: skip
     for why in whys:
         yield from ((line, "") for line in wrap(f"  · {clean(why)}", width, "    "))
+    yield from _scheduling(report)
     for told in report.warnings:
         yield "", ""
         yield from ((line, "yellow") for line in wrap(f"Warning: {clean(told.text)}", width, "  "))
@@ -54,6 +55,35 @@ def _lines(report: AblationReport, width: int) -> Iterator[Line]:
         yield from ((line, "dim") for line in wrap(note, width, "  "))
 
 
+def _scheduling(report: AblationReport) -> Iterator[Line]:
+    if not report.scheduling:
+        return
+    yield "", ""
+    yield "Asynchronous scheduling off and on, under load:", "bold"
+    head = ("in flight", "engines", "async", "tok/s", "vs one without", "GPU idle", "stall", "E2E p50")
+    yield _load_row(*head), "dim"
+    for one in report.scheduling:
+        rate = MISSING if one.throughput_tok_per_s is None else f"{one.throughput_tok_per_s.value:,.0f}"
+        idle, stall = (
+            MISSING if value is None else f"{value:.0f} %" for value in (one.gpu_idle_pct, one.cpu_stall_pct)
+        )
+        e2e = MISSING if one.e2e_ms is None else f"{one.e2e_ms.p50:,.0f} ms"
+        gain = MISSING if one.gain is None else _ratio(one.gain.value, one.gain.low, one.gain.high)
+        engines = f"{one.engines}{' MPS' if one.mps else ''}"
+        yield (
+            _load_row(
+                f"{one.concurrency:,}", engines, "on" if one.async_scheduling else "off", rate, gain, idle, stall, e2e
+            ),
+            "",
+        )
+        if one.why:
+            yield from ((line, "") for line in wrap(f"    {clean(one.why)}", 76, "    "))
+
+
+def _load_row(*cells: str) -> str:
+    return "  " + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 9, 6, 9, 16, 10, 7, 12), strict=True))
+
+
 def _row(kind: str, context: str, *cells: str) -> str:
     return f"  {kind:8}{context:>8}" + "".join(f"{cell:>15}" for cell in cells)
 
@@ -65,9 +95,13 @@ def _gain(part: Variant) -> str:
 def _times(figure: Figure | None) -> str:
     if figure is None:
         return MISSING
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.2f}×"
-    return f"{figure.value:.2f}× ±{(figure.high - figure.low) / 2 / figure.value * 100:.0f}%"
+    return _ratio(figure.value, figure.low, figure.high)
+
+
+def _ratio(value: float, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"{value:.2f}×"
+    return f"{value:.2f}× ±{(high - low) / 2 / value * 100:.0f}%"
 
 
 def _time(part: Variant) -> str:
