@@ -141,7 +141,7 @@ def loads(world: World) -> list[tuple[int, bool, int, int]]:
 
 def test_the_default_engine_is_measured_first_and_last():
     world = World(by_engines(1000, 1500, 1520))
-    world.profile()
+    world.profile(protocol=msgspec.structs.replace(FULL, more_starts=0))
     full = [spec for spec in world.asked if spec.kind == "load" and spec.workload.concurrency == 256]
     assert (full[0].engines, full[0].mps, full[0].settings, full[0].repeat) == (1, False, full[0].settings, 0)
     assert key(full[-1]) == key(msgspec.structs.replace(full[0], repeat=full[-1].repeat)) and full[-1].repeat > 0
@@ -417,7 +417,7 @@ def test_the_rust_front_end_replaces_api_servers():
 def test_objectives_add_a_light_load_to_the_curve_and_the_default_engine_has_one_only_where_it_may_be_advised():
     world = World(by_engines(1000, 1500, mps=1.3))
     report = world.profile(slo={"itl_p95": 1000.0}, protocol=protocol_for({"itl_p95": 1000.0}))
-    assert next(one for one in report.candidates if one.mps and one.starts == 2).curve[0].concurrency == 32
+    assert next(one for one in report.candidates if one.mps and one.curve).curve[0].concurrency == 32
     tuned = World(lambda spec: 1000.0 * (1.2 if spec.settings.api_server_count == 2 else 1.0)).profile(max_engines=1)
     assert [len(one.curve) for one in tuned.candidates if (one.starts or 0) >= 2] == [0, 3]
 
@@ -467,8 +467,10 @@ def test_of_two_candidates_the_rougher_one_is_started_again():
             return super().try_out(spec)
 
     world = Uneven(by_engines(1000, 1085, mps=1.0))
-    world.profile()
-    assert {spec.engines for spec in world.asked if spec.repeat >= 2} == {1}
+    world.profile(protocol=msgspec.structs.replace(FULL, more_starts=20))
+    more = [spec.engines for spec in world.asked if spec.repeat >= 2]
+    # Two more of each kind, as few starts may agree by chance; then the rough one.
+    assert more.count(1) >= 5 and more.count(2) <= 4
 
 
 class Uneasy(World):
@@ -490,24 +492,48 @@ def test_engines_that_repeat_well_are_not_made_rough_by_a_single_one_that_does_n
     assert statistics.median(widths[2]) < 0.03 < 0.08 < statistics.median(widths[1])
 
 
-def test_engines_that_keep_the_gpu_busy_are_not_made_rough_by_several_that_wait_for_the_cpu():
+def test_engines_that_take_turns_are_not_made_rough_by_those_that_share_the_gpu():
     class Moody(World):
         def try_out(self, spec):
             self.between_starts = 0.003 if spec.engines > 1 and not spec.mps else 0.05
             return super().try_out(spec)
 
-    def width(idle_under_mps):
-        widths = []
-        for seed in range(20):
-            world = Moody(by_engines(1000, 1500, mps=1.3), noise=0.005)
-            world.chance = random.Random(seed)
-            world.idle_of = lambda spec: 50.0 if spec.engines == 1 else idle_under_mps if spec.mps else 0.5
-            report = world.profile(protocol=msgspec.structs.replace(FULL, more_starts=0))
-            without = next(one for one in report.candidates if one.engines == 2 and not one.mps)
-            widths.append(half_width(without.throughput_tok_per_s))
-        return statistics.median(widths)
+    without, under = [], []
+    for seed in range(20):
+        world = Moody(by_engines(1000, 1500, mps=1.3), noise=0.005)
+        world.chance = random.Random(seed)
+        report = world.profile()
+        for one in report.candidates:
+            if one.engines == 2 and (one.starts or 0) > 1:
+                (under if one.mps else without).append(half_width(one.throughput_tok_per_s))
+    assert statistics.median(without) < 0.015 < 0.03 < statistics.median(under)
 
-    assert width(9.0) < 0.02 < 2 * width(9.0) < width(1.0)
+
+def test_two_levels_of_starts_are_not_taken_for_one():
+    """Starts under MPS that fall on one of two levels, 9 % apart: most intervals of the gain hold the mean, and MPS is
+    seldom advised where that just misses the threshold.
+    """
+    low = 0.91
+    mean = math.sqrt(low)
+
+    class TwoLevels(World):
+        def try_out(self, spec):
+            self.between_starts = 0.05 if spec.engines == 1 else 0.003
+            self.factor = (low if self.chance.random() < 0.5 else 1.0) / mean if spec.mps and spec.engines > 1 else 1.0
+            return super().try_out(spec)
+
+    held = advised = runs = 0
+    for seed in range(60):
+        world = TwoLevels(None, noise=0.01)
+        plain = by_engines(1000, 1500, mps=1.0999)
+        world.rate = lambda spec, world=world, plain=plain: plain(spec) * world.factor
+        world.chance = random.Random(seed)
+        report = world.profile(max_engines=2)
+        advised += bool(report.recommendation.mps)
+        two = next(one for one in report.candidates if one.mps and one.engines == 2)
+        if (one := two.gain_vs_best_without_mps) is not None and (two.starts or 0) > 1:
+            runs, held = runs + 1, held + (one.low <= 1.0999 <= one.high)
+    assert runs > 25 and held / runs >= 0.7 and advised / 60 <= 0.25, (held / runs, advised)
 
 
 def test_what_starts_of_one_engine_differ_by_is_in_its_gains():
@@ -560,7 +586,7 @@ def test_no_start_is_spent_on_what_does_not_start_again():
     world = Uneasy(by_engines(1000, 1500, mps=1.3), fails=[lambda s: s.engines == 1 and s.repeat >= 2])
     world.profile()
     more = [spec for spec in world.asked if spec.repeat >= 2]
-    assert [spec.engines for spec in more] == [1]
+    assert [spec.engines for spec in more if spec.engines == 1] == [1]
 
 
 def test_a_large_min_gain_of_mps_excuses_no_doubt_between_candidates_without_it():
@@ -583,7 +609,7 @@ def test_starts_are_added_until_the_quoted_gains_are_known_as_well_as_the_protoc
     rough, none = run(0)
     sure, added = run(40)
     assert rough > FULL.gain_precision >= sure
-    assert none == [] and 0 < len(added) < 40 and {spec.engines for spec in added} == {1}
+    assert none == [] and 0 < len(added) < 40 and sum(spec.engines == 1 for spec in added) > 1
     assert len(run(FULL.more_starts)[1]) <= FULL.more_starts
 
 
@@ -665,10 +691,11 @@ def test_the_sentence_names_the_settings_of_several_engines():
     assert plain.sentence.startswith("Run 2 engines under MPS")
 
 
-def test_a_clear_verdict_needs_one_more_start_where_one_engine_was_repeated_only_once():
+def test_a_clear_verdict_needs_more_starts_of_each_kind_that_was_hardly_repeated():
     world = World(by_engines(1000, 1500, mps=1.4), noise=0.01)
     world.profile()
-    assert [(spec.engines, spec.repeat) for spec in world.asked if spec.repeat > 1] == [(1, 2)]
+    more = [(spec.engines, spec.mps, spec.repeat) for spec in world.asked if spec.repeat > 1]
+    assert sorted(more) == [(e, mps, n) for e, mps in ((1, False), (2, False), (2, True)) for n in (2, 3)]
 
 
 def test_a_run_that_lacks_a_start_which_todays_estimate_would_ask_for_is_concluded_without_it():

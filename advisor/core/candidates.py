@@ -13,17 +13,22 @@ from advisor.core.stall import cpu_stall_pct
 from advisor.core.tried import Tried, slug
 
 
+def _quoted_rate(one: Contender) -> float:
+    return one.value.value if one.value else 0.0
+
+
 class Field:
     """All contenders, and those that the others are compared with: the default engine, the tuned one where one was
-    looked for, and the fastest of all that need no MPS. None where there is no valid trial of it.
+    looked for, and the fastest of all that need no MPS, by what is quoted of it: over a slower one MPS would be
+    credited with what needs none. None where there is no valid trial of it.
     """
 
     def __init__(self, manifest: Manifest, outline: Outline, found: Sequence[Contender]) -> None:
         self.manifest, self.outline, self.all = manifest, outline, list(found)
         self.default = self._single(manifest.settings)
         self.tuned = self._single(outline.tuned) if manifest.protocol.tune else None
-        rivals = [one for one in self.all if one.ok and not one.mps and self.eligible(one)]
-        self.best_without = max(rivals, key=lambda one: one.rate, default=None)
+        self.without_mps = [one for one in self.all if one.ok and not one.mps and self.eligible(one)]
+        self.best_without = max(self.without_mps, key=_quoted_rate, default=None)
 
     def _single(self, settings: EngineSettings) -> Contender | None:
         """One engine without MPS with these settings, if a trial of it is valid."""

@@ -11,12 +11,8 @@ import msgspec
 from advisor.core import numerics, slo
 from advisor.core.estimate import ALL, Estimate, estimate, spread
 from advisor.core.intervals import Variance
-from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, Value
+from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, TrialSpec, Value
 from advisor.core.tried import Tried, candidate, slug
-
-# A GPU that idles for no more than this keeps its engines waiting, not they it (percent of the window). Of 0.5B and 3B
-# engines on H200s those that hardly noticed their host's cores left it idle for 0.1 to 1 %, the others for 3 % or more.
-BUSY_IDLE_PCT = 2.0
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,8 @@ def contenders(loads: Sequence[Tried], concurrency: int, objectives: Mapping[str
         groups.setdefault(candidate(one.spec), []).append(one)
     full = {name: [one for one in group if _load(one) == concurrency] for name, group in groups.items()}
     met = {name: attempts for name, attempts in full.items() if attempts}  # others only while the load was looked for
-    started = {name: [one for one in attempts if one.ok] for name, attempts in met.items()}
-    between = _between(list(started.values()))
-    return [
-        _contender(attempts, groups[name], concurrency, objectives, between[_waits(started[name])])
-        for name, attempts in met.items()
-    ]
+    between = _between([[one for one in attempts if one.ok] for attempts in met.values()])
+    return [_contender(attempts, groups[name], concurrency, objectives, between) for name, attempts in met.items()]
 
 
 class _Between(NamedTuple):
@@ -96,28 +88,27 @@ class _Between(NamedTuple):
     variance: Variance
 
 
-def _waits(starts: Sequence[Tried]) -> bool:
-    """Whether these engines wait for the CPU, by how long the GPU idles. Where that is not known, one alone does."""
-    idle = [one.measurement.gpu_idle_pct for one in starts if one.measurement is not None]
-    known = [one for one in idle if one is not None]
-    if known:
-        return sum(known) / len(known) > BUSY_IDLE_PCT
-    return bool(starts) and starts[0].spec.engines == 1
-
-
-def _between(candidates: Sequence[Sequence[Tried]]) -> dict[bool, _Between]:
-    """How starts differ, for engines that wait for the CPU (True) and for those that keep the GPU busy (False): the
-    former take all changes of their host's cores, the latter hardly notice them (docs/measurement.md).
-
-    Where none of a kind was started twice, as for all.
+def _kind(spec: TrialSpec) -> str:
+    """What starts differ by depends on whether the GPU or the host sets the pace (docs/measurement.md), which is not
+    known beforehand; but engines that take turns on the GPU, engines that share it and one engine alone are more alike
+    among themselves.
     """
-    found = {}
-    for waits, name in ((False, "GPU busy"), (True, "waiting for the CPU")):
-        kind = [starts for starts in candidates if starts and _waits(starts) == waits]
-        for tier, told in ((kind, name), (candidates, ALL)):
-            if told == ALL or any(len(starts) > 1 for starts in tier):
-                found[waits] = _Between(told, spread([_measurements(starts) for starts in tier]))
-                break
+    if spec.engines == 1:
+        return "one engine"
+    return f"several engines {'under' if spec.mps else 'without'} MPS"
+
+
+def _between(candidates: Sequence[Sequence[Tried]]) -> dict[str, _Between]:
+    """How starts differ, by kind and for all; where none of a kind was started twice, as for all."""
+    kinds: dict[str, list[Sequence[Tried]]] = {}
+    for starts in candidates:
+        if starts:
+            kinds.setdefault(_kind(starts[0].spec), []).append(starts)
+    everyone = _Between(ALL, spread([_measurements(starts) for starts in candidates]))
+    found = {ALL: everyone}
+    for kind, members in kinds.items():
+        repeated = any(len(starts) > 1 for starts in members)
+        found[kind] = _Between(kind, spread([_measurements(starts) for starts in members])) if repeated else everyone
     return found
 
 
@@ -126,7 +117,7 @@ def _contender(
     everything: list[Tried],
     concurrency: int,
     objectives: Mapping[str, float],
-    between: _Between,
+    between: Mapping[str, _Between],
 ) -> Contender:
     starts = [one for one in attempts if one.ok]
     at_load: dict[int, list[Tried]] = {concurrency: starts}
@@ -136,7 +127,11 @@ def _contender(
 
     measured = {load: group for load, group in at_load.items() if group}
     quoted = {load: _quoted(group) for load, group in measured.items()}
-    known = {load: estimate(_measurements(group), between.variance, between.kind) for load, group in quoted.items()}
+    mine = between.get(_kind(attempts[0].spec), between[ALL])
+    known = {
+        load: estimate(_measurements(group), *_at(load == concurrency, mine, between[ALL]))
+        for load, group in quoted.items()
+    }
     # An objective has to be kept to by every start, also by the first.
     points = {load: _point(load, group, known[load]) for load, group in measured.items()}
     curve = [points[load] for load in sorted(points)] if len(at_load) > 1 else []
@@ -152,11 +147,21 @@ def _contender(
     return Contender(attempts, starts, shown, rate, known[load], points[load], curve)
 
 
+def _at(full_load: bool, mine: _Between, everyone: _Between) -> tuple[Variance, str]:
+    """How starts differ at a load. What keeps the GPU busy at the full one need not do so at a smaller one, which was
+    not started again: the larger of both is what is known there.
+    """
+    if full_load or mine.variance.variance >= everyone.variance.variance:
+        return mine.variance, mine.kind
+    return everyone.variance, everyone.kind
+
+
 def _quoted(group: Sequence[Tried]) -> Sequence[Tried]:
     """Those of several starts that are quoted. First starts chose, among them the default engine's: where that was
-    unlucky, others look better than they are.
+    unlucky, others look better than they are. So did a start that confirmed a choice, by the protocol of first ones.
     """
-    return group[1:] or group
+    choosing = group[0].spec.protocol
+    return [one for one in group if one.spec.protocol != choosing] or group[1:] or group
 
 
 def _load(one: Tried) -> int:

@@ -15,6 +15,8 @@ OWN_SHARE_FULL = 0.80
 # In clean runs on H200 hosts engines at 67 to 80 % of three cores waited 5 to 10 % of the time; the most, by this
 # measure, were engines with two API servers at 55 %: 10 %, which is 0.08 of r / (1 - r).
 BURST_WAIT = 0.12
+# Two cores for an engine and two API servers: 20 % at 72 %. More was never seen without somebody else.
+MOST_WAIT = 0.25
 UNEVEN_RATIO = 1.25
 SLOWED_RATIO = 1.5
 _ROLES = {"engine_core": "engine core", "api_server": "API server"}
@@ -77,7 +79,7 @@ def contention(raw: RawTrial) -> str | None:
 
 def _explained(own_share: float) -> float:
     """The share of the window that a process may wait for others of its own engine."""
-    return max(WAITED_SHARE_MAX, BURST_WAIT * own_share / (1 - own_share))
+    return min(MOST_WAIT, max(WAITED_SHARE_MAX, BURST_WAIT * own_share / (1 - own_share)))
 
 
 def _unexplained(raw: RawTrial, engine: int, length_s: float) -> bool:

@@ -42,8 +42,9 @@ KNOWN = 0.05
 # Two are as good as well if no more than this can be lost with the simpler one (and no more than a gain that is not
 # worth its while, --min-gain).
 TIE_LOSS = 1.10
-# Of how starts of a kind differ, before more of them may be found unnecessary: more than two of one candidate.
-FEWEST_DOF = 1.5
+# Of how starts of a kind differ, before more of them may be found unnecessary. Starts of one candidate fall into two
+# levels on some hosts (docs/measurement.md): two or three of them agree by chance too often.
+FEWEST_DOF = 2.5
 
 
 Row = tuple[Contender, Candidate]
@@ -193,7 +194,7 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], 
         return _no_slo(field, rows)
     # Where nothing without MPS meets the objectives, MPS has no gain to show and none to fall short of.
     alone = field.best_without is None
-    allowed = [(one, row) for one, row in running if not one.mps or alone or _clears(row, threshold)]
+    allowed = [(one, row) for one, row in running if not one.mps or alone or _clears(field, one, threshold)]
     if not allowed:
         return _inconclusive("nothing without MPS was started often enough to compare MPS with")
     choice, chosen, doubted = _choose(field, allowed, threshold)
@@ -207,7 +208,7 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], 
         )
     if failed := _faster_but_alone(field, rows, choice):
         return _inconclusive(failed)
-    undecided = [(one, row) for one, row in running if one.mps and not choice.mps and _undecided(row, threshold)]
+    undecided = [(one, row) for one, row in running if one.mps and not choice.mps and _undecided(field, one, threshold)]
     if undecided:
         rough, worst = max(undecided, key=lambda pair: rate(pair[1]))
         return _inconclusive(
@@ -315,17 +316,22 @@ def _not_comparable(field: Field, candidates: Sequence[Candidate]) -> str:
     return ""
 
 
-def _clears(one: Candidate, threshold: float) -> bool:
-    gained = one.gain_vs_best_without_mps
-    return gained is not None and gained.low is not None and gained.low >= threshold
+def _clears(field: Field, one: Contender, threshold: float) -> bool:
+    """Whether MPS brings what is asked over everything without it that may be advised, lower bounds included."""
+    gains = [_gain_over(one, rival) for rival in field.without_mps]
+    return bool(gains) and all(gained.low is not None and gained.low >= threshold for gained in gains)
 
 
-def _undecided(one: Candidate, threshold: float) -> bool:
-    """Whether a gain straddles the threshold by an interval too wide to decide from."""
-    gained = one.gain_vs_best_without_mps
-    if gained is None or gained.low is None or gained.high is None:
-        return False
-    return gained.low < threshold <= gained.high and half_width(gained) > KNOWN
+def _undecided(field: Field, one: Contender, threshold: float) -> bool:
+    """Whether it cannot be told if MPS brings what is asked: it is refuted over nothing without it, and over something
+    the interval holds the threshold and is too wide to decide from.
+    """
+    gains = [_gain_over(one, rival) for rival in field.without_mps]
+    short = [gained for gained in gains if gained.low is None or gained.low < threshold]
+    refuted = any(
+        (gained.high is not None and gained.high < threshold) or half_width(gained) <= KNOWN for gained in short
+    )
+    return bool(short) and not refuted
 
 
 def _explain(

@@ -181,12 +181,14 @@ FULL = Protocol(
     starts=2,
     equal_budget=True,
     curve=[0.25, 0.5],
-    precision=0.02,
     # Where starts differ by more than a window's blocks say, another start tells more than a longer window.
-    precise_max_s=30.0,
+    measure_turnovers=4.0,
+    precision=0.02,
+    precise_max_s=20.0,
     first_precision=0.03,
     first_min_s=8.0,
-    more_starts=6,
+    first_max_s=15.0,
+    more_starts=8,
     gain_precision=0.05,
     # Where one engine waits for cores that change their speed, halves of 30 s windows were up to 0.25 apart (4 of 38
     # were above 0.15): rough, but the blocks' interval says so.

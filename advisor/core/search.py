@@ -328,7 +328,9 @@ class Search:
 
     def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
         """Further starts of a candidate; the last one of a finalist also at smaller loads."""
-        last = one
+        # It may have been started again before, when another load was looked for.
+        again = [other for other in self._tried if _same(other.spec, one.spec)]
+        last = max([one, *again], key=lambda other: other.spec.repeat)
         for _ in range(1, self._protocol.starts):
             spec = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
             last = yield from self._measured(spec)
@@ -431,6 +433,11 @@ class Search:
                 settings=base,
             )
         )
+
+
+def _same(one: TrialSpec, other: TrialSpec) -> bool:
+    """Whether these are starts of the same candidate at the same load."""
+    return key(msgspec.structs.replace(one, repeat=0)) == key(msgspec.structs.replace(other, repeat=0))
 
 
 def _ordinal(number: int) -> str:

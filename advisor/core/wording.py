@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from advisor.core import slo, tuning
 from advisor.core.candidates import Field
 from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Figure, Overlap, Profile, StepProfile, Value
+from advisor.core.tried import slug
 from advisor.core.tuning import GPU_BUSY_IDLE_PCT
 
 
@@ -83,14 +84,18 @@ def sentence(field: Field, choice: Candidate, ok: Sequence[Candidate], threshold
     rival = best_under_mps(ok)
     against = ""
     if rival is not None:
-        against = f" MPS brings {times(rival.gain_vs_best_without_mps, threshold)} at best; {threshold:.2f}× is asked."
+        gained = rival.gain_vs_best_without_mps
+        short = gained is not None and gained.value >= threshold
+        against = f" MPS brings {times(gained, threshold)} at best" + (
+            f", which is not shown to reach {threshold:.2f}×." if short else f"; {threshold:.2f}× is asked."
+        )
     if choice.engines > 1:
-        gained = f"{_list(over)}.{_missed(field, choice)}"
-        return f"{kept}Run {choice.engines} engines{_changed(field, choice)} without MPS{load}: {gained}{against}"
+        brings = f"{_list(over)}.{_missed(field, choice)}"
+        return f"{kept}Run {choice.engines} engines{_changed(field, choice)} without MPS{load}: {brings}{against}"
     what = name(field, choice)
-    gained = "" if what == "1 engine" else f": {_list(over)}"
+    brings = "" if what == "1 engine" else f": {_list(over)}"
     untried = "" if rival is not None else " Several engines under MPS were not measured."
-    return f"{kept}Run {what}{load}, leave MPS alone{gained}.{against}{untried}"
+    return f"{kept}Run {what}{load}, leave MPS alone{brings}.{against}{untried}"
 
 
 def _over(gain: Value | None, what: str) -> str:
@@ -121,7 +126,8 @@ def because(
 ) -> list[str]:
     """The reasons for the choice. `single` is the best single engine."""
     reasons = []
-    best_without = max((one for one in ok if not one.mps), key=rate, default=None)
+    best = field.best_without.shown if field.best_without else None
+    best_without = next((one for one in ok if best is not None and one.trial == slug(best.spec)), None)
     rival = best_under_mps(ok)
     if choice.mps and best_without is not None:
         reasons.append(
@@ -182,14 +188,13 @@ def _overlapping(one: Overlap) -> str:
     low, high = one.overlap.low or 0.0, one.overlap.high or 0.0
     begin = f"By the GPU's work alone {what} reach {shared} of what one engine does"
     if low > 1.0:
-        return f"{begin}: their kernels overlap." + (f" The host's part of the gain is {host}." if host else "")
-    if high >= 1.0:
-        return f"{begin}: no gain that could be told." + (f" The host's part is {host}." if host else "")
-    lost = f"{begin}: smaller batches cost more than overlap brings."
-    if host is None:
-        return lost
-    gains = one.host is not None and (one.host.low or 0.0) > 1.0
-    return f"{lost} What is gained is the host's part, {host}." if gains else f"{lost} The host's part is {host}."
+        told = f"{begin}: their kernels overlap."
+    elif high >= 1.0:
+        told = f"{begin}: no gain that could be told."
+    else:
+        told = f"{begin}: smaller batches cost more than overlap brings."
+    # Steps of one sort run on all engines at once: prefill beside decode is not in it.
+    return told if host is None else f"{told} The rest of the gain, the host's with phases that overlap, is {host}."
 
 
 def _step(what: str, one: StepProfile) -> str:
