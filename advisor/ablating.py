@@ -11,10 +11,10 @@ import msgspec
 from advisor import profiling
 from advisor.core import scheduling
 from advisor.core.ablation import conclude, largest_batch, trials
-from advisor.core.errors import BadQuestion, NotRecorded
-from advisor.core.records import Ablation, AblationReport, Manifest, TrialSpec
+from advisor.core.errors import BadQuestion, NotRecorded, Unfit
+from advisor.core.records import ACCIDENTS, Ablation, AblationReport, Manifest, TrialSpec
 from advisor.core.specs import asking
-from advisor.core.tried import judge
+from advisor.core.tried import Tried, judge
 from advisor.report.as_json import dumps
 from advisor.shell import replay
 from advisor.shell.clock import now
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ENGINES = 2
+# vLLM 0.26 runs these by Transformers' own layers, whose attention returns more than hidden states.
+NOT_TAKEN_APART = ("OlmoForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM")
 
 
 def live(asked: profiling.Asked, contexts: Sequence[int], loads: Sequence[int], console: Console) -> AblationReport:
@@ -31,15 +33,26 @@ def live(asked: profiling.Asked, contexts: Sequence[int], loads: Sequence[int], 
     """
 
     def complete(manifest: Manifest) -> Manifest:
+        if manifest.model.architecture in NOT_TAKEN_APART:
+            raise Unfit(
+                f"{manifest.model.architecture} cannot be taken apart: vLLM runs it by the code of another library; "
+                "choose a model of another architecture"
+            )
         batch = largest_batch(manifest, contexts, ENGINES)
         ablation = Ablation(contexts=list(contexts), batch=batch, engines=ENGINES, loads=list(loads))
         return msgspec.structs.replace(asking(manifest, batch), ablation=ablation)
 
     with profiling.bench(asked, console, complete) as (manifest, runner, progress, folder):
-        tried = []
+        tried: list[Tried] = []
         for spec in _all_trials(manifest):
-            tried.append(judge(runner.run(spec)))
-            progress.trial(tried[-1])
+            for attempt in (spec, msgspec.structs.replace(spec, repeat=1)):
+                tried.append(judge(runner.run(attempt)))
+                progress.trial(tried[-1])
+                if tried[-1].outcome not in ACCIDENTS:
+                    break
+            # Where not even one engine with the whole model can be asked, nothing else needs to be tried.
+            if len(tried) == 2 and not any(one.ok for one in tried):
+                break
         runner.finish()
         # How the engines ended was put on record after the trials.
         tried = [judge(runner.run(one.spec)) for one in tried]
@@ -64,16 +77,17 @@ def replayed(
         folder = replay.open_run(Path(where))
     manifest = folder.manifest()
     if manifest.ablation is None:
-        raise NotRecorded(f"{where} holds a profile, not an ablation: replay it with mps-advisor profile")
+        raise NotRecorded(f"{where} holds no ablation; a profile is replayed with mps-advisor profile")
     if not replay.fits_ablation(manifest, model, contexts):
         raise NotRecorded(f"{where} answers another question: {replay.describe_ablation(manifest)}")
     runner = replay.Replay(folder)
     tried = []
     for spec in _all_trials(manifest):
-        try:
-            tried.append(judge(runner.run(spec)))
-        except NotRecorded:
-            continue  # it was cut short; what is there is told
+        for attempt in (spec, msgspec.structs.replace(spec, repeat=1)):
+            try:
+                tried.append(judge(runner.run(attempt)))
+            except NotRecorded:
+                continue  # it was cut short, or there was no need to; what is there is told
     if not tried:
         raise NotRecorded(f"{folder.path.name} holds no trial of the ablation that it was to be")
     if where == "auto":

@@ -277,7 +277,7 @@ def ablate(
         from advisor.report.ablation import render
 
         render(report, _stdout())
-    raise typer.Exit(0 if any(one.expected is not None for one in report.steps) else 4)
+    raise typer.Exit(0 if any(one.expected_over_whole is not None for one in report.steps) else 4)
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:

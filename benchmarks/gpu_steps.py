@@ -75,10 +75,8 @@ def main() -> None:
                     first.setdefault(index, seen)
                 base = first.get(index)
                 against = times(overlap(seen, base)) if base else f"{options.names[0]} gave no rate to compare with"
-                why = next((row.detail for row in one.raw.steps if row.step == index and not row.graphed), "")
                 print(
-                    f"{name}, {what}: {seen.tok_per_s.value:,.0f} tokens/s, {seen.step_ms:.2f} ms a step, {against}"
-                    + (f", launched kernel by kernel: {why}" if why else ""),
+                    f"{name}, {what}: {seen.tok_per_s.value:,.0f} tokens/s, {seen.step_ms:.2f} ms a step, {against}",
                     flush=True,
                 )
             for trace in one.raw.traces:

@@ -17,7 +17,7 @@ from test_search import World, made
 from advisor.core import ablation, memory, specs
 from advisor.core.errors import NoHonestAnswer
 from advisor.core.intervals import LogMean
-from advisor.core.records import Ablation, RawStep, RawTrial
+from advisor.core.records import Ablation, RawStep, RawTrial, Step
 from advisor.core.tried import Tried, slug
 from advisor.shell import ablated
 from advisor.shell.plugged import plugged_in
@@ -51,10 +51,16 @@ def answered(spec, rate) -> Tried:
     return Tried(spec=spec, raw=raw, outcome="ok", measurement=None, why="", cautions=[])
 
 
+SECONDS = {None: 1.0, "mlp": 0.8, "attention": 0.3, "both": 0.1}  # 0.7 of attention, 0.2 of MLPs, 0.1 of both
+
+
 def rates(spec, step) -> float:
-    """Attention takes three quarters of the time; two engines gain 1.5 with attention alone, 0.9 with MLPs alone."""
-    one = {None: 1000.0, "mlp": 1000 / 0.75, "attention": 1000 / 0.25}[spec.without]
-    return one * (1.0 if spec.engines == 1 else {None: 1.2, "mlp": 1.5, "attention": 0.9}[spec.without])
+    """Two engines do attention in half of the time, the rest in as much; half a batch takes 0.6 of the time."""
+    attention, mlp = 0.7 * (spec.without not in ("attention", "both")), 0.2 * (spec.without not in ("mlp", "both"))
+    if spec.engines == 2:
+        return 1000 / (attention / 2 + mlp + 0.1)
+    half = step.decode == 128
+    return 1000 / (attention + mlp + 0.1) * (0.5 / 0.6 if half else 1.0)
 
 
 def concluded(asked, *, but=lambda spec: False, rate=rates):
@@ -68,39 +74,79 @@ def test_one_engine_and_two_under_mps_are_asked_of_the_model_and_of_each_part():
         "steps-1-engine-no-mps", "steps-2-engines-mps",
         "steps-1-engine-no-mps-without-mlp", "steps-2-engines-mps-without-mlp",
         "steps-1-engine-no-mps-without-attention", "steps-2-engines-mps-without-attention",
+        "steps-1-engine-no-mps-without-both", "steps-2-engines-mps-without-both",
     ]  # fmt: skip
-    steps = asked[1].steps
-    assert [(s.decode, s.decode_context, s.prefill, s.prefill_tokens) for s in steps] == [
-        (256, 128, 0, 0), (0, 0, 64, 128), (256, 1024, 0, 0), (0, 0, 8, 1024),
-    ]  # fmt: skip
+    steps = [(s.decode, s.decode_context, s.prefill, s.prefill_tokens) for s in asked[1].steps]
+    assert steps == [(256, 128, 0, 0), (0, 0, 64, 128), (256, 1024, 0, 0), (0, 0, 8, 1024)]
+    alone = [(s.decode, s.decode_context) for s in asked[0].steps if s.decode]
+    assert alone == [(512, 128), (512, 1024), (256, 128), (256, 1024)]
     assert {spec.settings.max_cudagraph_capture_size for spec in asked} == {512}
 
 
-def test_the_expected_gain_is_the_mean_of_the_parts_by_their_share_of_the_time():
+def test_a_prompt_longer_than_the_budget_is_read_in_its_middle_and_short_ones_by_as_many_as_may_run():
+    base = made().settings
+    assert specs.prompt_step(16384, base) == Step(prefill=1, prefill_tokens=8192, prefill_context=4096)
+    assert specs.prompt_step(2, base).prefill == base.max_num_seqs
+
+
+def test_the_expected_gain_is_that_of_the_parts_times_added_up():
     report = concluded(manifest(1024))
     decode = report.steps[0]
-    assert decode.attention_share.value == pytest.approx(75)
-    assert decode.attention_only.gain.value == pytest.approx(1.5, rel=1e-3)
-    assert decode.mlp_only.gain.value == pytest.approx(0.9, rel=1e-3)
-    assert decode.expected.value == pytest.approx(0.75 * 1.5 + 0.25 * 0.9, rel=1e-3)
+    # 1.0 with one engine, 0.35 + 0.2 + 0.1 with two; of the parts 0.8 to 0.45 and 0.3 to 0.3.
+    assert decode.whole.gain.value == pytest.approx(1 / 0.65, rel=1e-3)
+    assert decode.attention_only.gain.value == pytest.approx(0.8 / 0.45, rel=1e-3)
+    assert decode.mlp_only.gain.value == pytest.approx(1.0, rel=1e-3)
+    assert decode.closure.value == pytest.approx(1.0, rel=1e-3)
+    assert decode.expected.value == pytest.approx(decode.whole.gain.value, rel=1e-3)
+    assert decode.expected_over_whole.value == pytest.approx(1.0, rel=1e-3)
     assert decode.expected.source == "predicted" and decode.whole.gain.source == "measured"
-    assert decode.expected_over_whole.value == pytest.approx(1.35 / 1.2, rel=1e-3)
+    # The mean by shares of the time counts what both have twice.
+    share = 0.8 / 1.1
+    assert decode.attention_share.value == pytest.approx(100 * share)
+    assert decode.weighted_mean.value == pytest.approx(share * 0.8 / 0.45 + (1 - share) * 1.0, rel=1e-3)
     assert [(one.kind, one.context) for one in report.steps] == [("decode", 1024), ("prefill", 1024)]
-    assert "1.20× (" in report.sentence and "attention only 1.50× (" in report.sentence
+    assert "1.54× (" in report.sentence and "attention only 1.78× (" in report.sentence
 
 
-def test_the_error_of_the_mean_is_that_of_its_parts_by_their_share():
+def test_overlap_is_told_from_what_smaller_batches_cost():
+    decode, prefill = concluded(manifest(1024)).steps
+    assert decode.whole.overlap.value == pytest.approx(1 / 0.65 * 0.6 / 0.5, rel=1e-3)
+    assert decode.mlp_only.overlap.value == pytest.approx(0.6 / 0.5, rel=1e-3)
+    assert prefill.whole.overlap is None and prefill.whole.gain is not None
+
+
+def test_the_errors_are_those_of_the_parts_by_their_share():
     rough, sure = LogMean(0.0, 0.1, 10.0), LogMean(0.0, 0.0, 10.0)
     assert ablation._mean([(0.5, rough), (0.5, sure)]).log_se == pytest.approx(0.05)
     assert ablation._mean([(0.1, rough), (0.9, sure)]).log_se == pytest.approx(0.01)
+    assert ablation._added(rough, sure, sure).log_se == pytest.approx(0.1)
+    assert ablation._added(sure, sure, LogMean(-1.0, 0.0, 10.0)) is None
 
 
 def test_what_is_missing_is_said_and_the_rest_is_told():
     report = concluded(manifest(1024), but=lambda spec: spec.without == "attention" and spec.engines == 2)
     decode = report.steps[0]
-    assert decode.mlp_only.gain is None and decode.mlp_only.why == "several engines could not be measured"
-    assert decode.attention_share is not None and decode.expected is None
-    assert decode.whole.gain.value == pytest.approx(1.2, rel=1e-3)
+    assert decode.mlp_only.gain is None and decode.mlp_only.why == "several engines: not measured yet"
+    assert decode.attention_share is not None and decode.closure is not None and decode.expected is None
+    assert decode.whole.gain is not None
+
+
+def test_steps_for_which_the_gpu_waited_are_no_steps_of_the_gpu_alone():
+    asked = manifest(1024)
+    tried = [answered(spec, rates) for spec in ablation.trials(asked)]
+    rows = [msgspec.structs.replace(row, graphed=False, detail="no room") for row in tried[0].raw.steps]
+    tried[0] = msgspec.structs.replace(tried[0], raw=msgspec.structs.replace(tried[0].raw, steps=rows))
+    whole = ablation.conclude(asked, tried, created="", replayed=False).steps[0].whole
+    assert whole.gain is None and whole.why == "the GPU waited for Python: no room"
+
+
+def test_of_a_trial_that_was_run_again_the_one_that_worked_counts():
+    asked = manifest(1024)
+    tried = [answered(spec, rates) for spec in ablation.trials(asked)]
+    failed = msgspec.structs.replace(tried[0], outcome="crash", why="it died")
+    again = msgspec.structs.replace(tried[0], spec=msgspec.structs.replace(tried[0].spec, repeat=1))
+    report = ablation.conclude(asked, [failed, again, *tried[1:]], created="", replayed=False)
+    assert report.steps[0].whole.gain is not None and report.warnings == []
 
 
 def test_the_batch_is_the_largest_that_fits_twice():
@@ -176,11 +222,13 @@ def test_the_plug_in_names_a_model_without_each_part(vllm):
     assert {name: vllm.models[name] for name in ablated.PARTS} == {
         "MpsAdvisorWithoutAttention": "advisor.shell.ablated:MpsAdvisorWithoutAttention",
         "MpsAdvisorWithoutMlp": "advisor.shell.ablated:MpsAdvisorWithoutMlp",
+        "MpsAdvisorWithoutBoth": "advisor.shell.ablated:MpsAdvisorWithoutBoth",
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "attention", "mlp"), [("MpsAdvisorWithoutAttention", 10, 20), ("MpsAdvisorWithoutMlp", 17, 10)]
+    ("name", "attention", "mlp"),
+    [("MpsAdvisorWithoutAttention", 10, 20), ("MpsAdvisorWithoutMlp", 17, 10), ("MpsAdvisorWithoutBoth", 10, 10)],
 )
 def test_every_layer_passes_by_the_part_and_keeps_the_other(vllm, name, attention, mlp):
     model = getattr(ablated, name)(vllm_config=3)
@@ -195,7 +243,7 @@ def test_every_layer_passes_by_the_part_and_keeps_the_other(vllm, name, attentio
 
 def test_a_model_without_such_layers_is_refused(vllm):
     with pytest.raises(ValueError, match="no layer with “mlp”"):
-        ablated.without(Headless, "mlp", "Without")(vllm_config=1)
+        ablated.without(Headless, ("mlp",), "Without")(vllm_config=1)
 
 
 def test_other_names_are_none_of_the_plug_in():
@@ -232,7 +280,7 @@ def ablate(bench, *words: str, **more):
 
 
 def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
-    left = {"MpsAdvisorWithoutMlp": 0.7, "MpsAdvisorWithoutAttention": 0.4}
+    left = {"MpsAdvisorWithoutMlp": 0.7, "MpsAdvisorWithoutAttention": 0.4, "MpsAdvisorWithoutBoth": 0.1}
     bench.engine_faults({"all": {"steps": {"ms_per_token": 0.02, "left": left}}})
     asked = ("--model", str(bench.tiny), "--ctx", "64", "--vllm", " ".join(bench.vllm))
     live = ablate(bench, *asked, "--out", "run", "--format", "json")
@@ -249,6 +297,7 @@ def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
         "steps-1-engine-no-mps.json.gz", "steps-2-engines-mps.json.gz",
         "steps-1-engine-no-mps-without-mlp.json.gz", "steps-2-engines-mps-without-mlp.json.gz",
         "steps-1-engine-no-mps-without-attention.json.gz", "steps-2-engines-mps-without-attention.json.gz",
+        "steps-1-engine-no-mps-without-both.json.gz", "steps-2-engines-mps-without-both.json.gz",
     ]  # fmt: skip
     assert (bench.processes(), bench.gpu_processes(), bench.scratch()) == ([], [], [])
 
@@ -256,14 +305,14 @@ def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
     assert without_stamp(json.loads(replayed.stdout)) == without_stamp(report)
     shown = ablate(bench, "--replay", "run")
     assert shown.returncode == 0 and max(map(len, shown.stdout.splitlines()[2:])) <= 80
-    assert "attention only" in shown.stdout and "replayed from a recorded run" in shown.stdout
+    assert "each with its share of the batch" in shown.stdout and "replayed from a recorded run" in shown.stdout
 
     # Each verb replays its own runs.
     assert_refused(bench.run("--replay", "run"), 3, "ablation", "mps-advisor ablate")
     assert_refused(ablate(bench, "--replay", "run", "--ctx", "128"), 3, "answers another question", "--ctx 64")
 
     # What a run lacks is missing in its report, and nothing is made up for it.
-    for path in trials(bench.directory / "run")[-2:]:
+    for path in trials(bench.directory / "run")[-4:]:
         path.unlink()
     short = json.loads(ablate(bench, "--replay", "run", "--format", "json").stdout)
     assert short["steps"][0]["mlp_only"]["gain"] is None and short["steps"][0]["whole"]["gain"] is not None
@@ -302,7 +351,7 @@ def test_a_context_that_is_none_is_a_malformed_question(bench, ctx):
 
 def test_a_profile_is_no_ablation(bench):
     run = next(Path(__file__).parents[1].glob("data/h200-*"))
-    assert_refused(ablate(bench, "--replay", str(run)), 3, "profile", "mps-advisor profile")
+    assert_refused(ablate(bench, "--replay", str(run)), 3, "holds no ablation", "mps-advisor profile")
     assert_refused(ablate(bench, "--replay", "auto"), 2, "--model")
 
 

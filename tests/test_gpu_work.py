@@ -106,7 +106,7 @@ def test_each_engine_decodes_its_share_half_way_through_its_outputs():
         Step(decode=64, decode_context=1024 + 64), Step(prefill=8, prefill_tokens=1024),
     ]  # fmt: skip
     assert fixed_steps(msgspec.structs.replace(SERVE, isl=20000), 1, settings)[1] == Step(
-        prefill=1, prefill_tokens=settings.max_num_batched_tokens
+        prefill=1, prefill_tokens=settings.max_num_batched_tokens, prefill_context=5904
     )
 
 

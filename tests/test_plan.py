@@ -213,7 +213,7 @@ def test_trials_that_are_alike_stand_in_one_row():
     trials = plan(protocol=msgspec.structs.replace(FULL, more_starts=6))
     text = " ".join(screen(trials).split())
     assert text.count("another start of what is known too roughly") == 1
-    assert "for a gain (6 times, minutes each)" in text
+    assert "MPS or without (6 times, minutes each)" in text
     assert f" to {len(trials)} trials, about " in text
 
 

@@ -102,7 +102,7 @@ def test_the_profile_is_that_of_the_tuned_engine():
 
     class Tuned(Hosted):
         def try_out(self, spec) -> Tried:
-            self.idle = 40.0 if spec.settings.api_server_count == 2 else 70.0
+            self.idle_of = lambda one: 40.0 if one.settings.api_server_count == 2 else 70.0
             return super().try_out(spec)
 
     report = Tuned(rate, busy=0.9).profile()

@@ -1,7 +1,8 @@
 """A model taken apart: what attention alone and MLPs alone gain from several engines, on the GPU alone. Pure.
 
-Where the kernels of several engines overlap, and where not, shows when the model has only one sort of them. The gain
-that is then expected of the whole model is the mean of the parts' gains, weighted by their share of the time.
+What several engines reach of one has two reasons: each has a smaller batch, and their kernels may overlap. So one
+engine also decodes such a share of the batch. If nothing but the parts counts, their times add up to the model's, with
+one engine and with several, and that lets expect a gain (see `records.AblatedStep`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from advisor.core import memory, scheduling, specs, tuning
 from advisor.core.cautions import caution
 from advisor.core.errors import NoHonestAnswer
 from advisor.core.intervals import LogMean, Variance, add, log_ratio, value_of
-from advisor.core.overlap import step_rate
+from advisor.core.overlap import StepRate, step_rate
 from advisor.core.records import (
     SCHEMA_VERSION,
     AblatedStep,
@@ -36,10 +37,11 @@ from advisor.core.wording import times
 
 BATCHES = (1024, 512, 256)
 # The whole model first: a failure there is about the machine, not about a part.
-VARIANTS: tuple[Part | None, ...] = (None, "mlp", "attention")
+VARIANTS: tuple[Part | None, ...] = (None, "mlp", "attention", "both")
 STEP_S = 2.0
 
 Kind = Literal["decode", "prefill"]
+KINDS: tuple[Kind, ...] = ("decode", "prefill")
 
 
 def largest_batch(manifest: Manifest, contexts: Sequence[int], engines: int) -> int:
@@ -91,47 +93,65 @@ def trials(manifest: Manifest) -> list[TrialSpec]:
 
 
 def _steps(asked: Ablation, engines: int, base: EngineSettings) -> Iterator[Step]:
-    budget = base.max_num_batched_tokens
+    """Of several engines each decodes its share of the batch; one engine decodes all of it, and then such a share."""
     for context in asked.contexts:
         yield Step(decode=asked.batch // engines, decode_context=context)
-        yield Step(prefill=max(1, budget // context), prefill_tokens=min(context, budget))
+        yield specs.prompt_step(context, base)
+    if engines == 1:
+        for context in asked.contexts:
+            yield _share(asked, context)
+
+
+def _share(asked: Ablation, context: int) -> Step:
+    return Step(decode=asked.batch // asked.engines, decode_context=context)
 
 
 class _Seen(NamedTuple):
-    """A variant in one step: its time with one engine, and its gain on logarithms; or why these are not known."""
+    """A variant in one step: its time with one engine, rates on logarithms; or why these are not known."""
 
-    step_ms: float | None
-    gain: LogMean | None
-    why: str
+    step_ms: float | None = None
+    one: LogMean | None = None  # tokens per second of one engine
+    several: LogMean | None = None  # of several together
+    share: LogMean | None = None  # of one engine with the share of one of them, if that is another step
+    why: str = ""
 
     @property
-    def told(self) -> Variant:
-        time = None if self.step_ms is None else Figure(value=self.step_ms, unit="ms", source="measured")
-        return Variant(step_ms=time, gain=None if self.gain is None else _figure(self.gain), why=self.why or None)
+    def gain(self) -> LogMean | None:
+        return None if self.one is None or self.several is None else log_ratio(self.several, self.one)
+
+    def told(self, engines: int) -> Variant:
+        overlap = None
+        if self.share is not None and self.several is not None:
+            alone = self.share._replace(log_mean=self.share.log_mean)
+            overlap = _figure(log_ratio(self.several, alone))
+        return Variant(
+            step_ms=None if self.step_ms is None else Figure(value=self.step_ms, unit="ms", source="measured"),
+            gain=None if self.gain is None else _figure(self.gain),
+            overlap=overlap,
+            why=self.why or None,
+        )
 
 
 def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replayed: bool) -> AblationReport:
-    """The report, from the judged trials alone."""
+    """The report, from the judged trials alone; of a trial that was run again the one that worked."""
     asked = manifest.ablation
     if asked is None:
         raise ValueError("only a run of `ablate` takes a model apart")
-    known = {key(one.spec): one for one in tried}
+    known: dict[str, Tried] = {}
+    for one in sorted(tried, key=lambda one: one.ok):
+        known[key(msgspec.structs.replace(one.spec, repeat=0))] = one
     found: dict[Part | None, list[Tried | None]] = {part: [] for part in VARIANTS}
     for spec in trials(manifest):
         found[spec.without].append(known.get(key(spec)))
-    kinds: tuple[Kind, ...] = ("decode", "prefill")
-    steps = [
-        _step(
-            kind,
-            context,
-            {part: _seen(one, several, 2 * place + kinds.index(kind)) for part, (one, several) in found.items()},
-        )
-        for place, context in enumerate(asked.contexts)
-        for kind in kinds
-    ]
+    base = _settings(manifest, asked.batch)
+    steps = []
+    for context in asked.contexts:
+        for kind in KINDS:
+            seen = {part: _seen(asked, one, several, kind, context, base) for part, (one, several) in found.items()}
+            steps.append(_step(asked, kind, context, seen))
     failed = [
         caution("not_measured", f"{slug(one.spec)} could not be measured ({one.why or one.outcome}).")
-        for one in tried
+        for one in known.values()
         if not one.ok
     ]
     return AblationReport(
@@ -142,7 +162,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
         gpu=manifest.gpu,
         host=manifest.host,
         software=manifest.software,
-        settings=_settings(manifest, asked.batch),
+        settings=base,
         ablation=asked,
         steps=steps,
         scheduling=scheduling.scheduled(manifest, tried),
@@ -151,35 +171,76 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
     )
 
 
-def _seen(one: Tried | None, several: Tried | None, step: int) -> _Seen:
-    if one is None or not one.ok:
-        return _Seen(None, None, "one engine could not be measured")
-    alone = step_rate(one.raw, step)
+def _seen(
+    asked: Ablation, one: Tried | None, several: Tried | None, kind: Kind, context: int, base: EngineSettings
+) -> _Seen:
+    def step(engines: int) -> Step:
+        if kind == "prefill":
+            return specs.prompt_step(context, base)
+        return Step(decode=asked.batch // engines, decode_context=context)
+
+    alone = _rate(one, step(1), "one engine")
     if isinstance(alone, str):
-        return _Seen(None, None, alone)
-    if several is None or not several.ok:
-        return _Seen(alone.step_ms, None, "several engines could not be measured")
-    together = step_rate(several.raw, step)
+        return _Seen(why=alone)
+    share = _rate(one, _share(asked, context), "one engine") if kind == "decode" else ""
+    together = _rate(several, step(asked.engines), "several engines")
     if isinstance(together, str):
-        return _Seen(alone.step_ms, None, together)
-    return _Seen(alone.step_ms, log_ratio(together.mean, alone.mean), "")
+        return _Seen(alone.step_ms, alone.mean, why=together)
+    return _Seen(alone.step_ms, alone.mean, together.mean, None if isinstance(share, str) else share.mean)
 
 
-def _step(kind: Kind, context: int, seen: dict[Part | None, _Seen]) -> AblatedStep:
-    whole, attention, mlp = seen[None], seen["mlp"], seen["attention"]
+def _rate(trial: Tried | None, step: Step, who: str) -> StepRate | str:
+    if trial is None:
+        return f"{who}: not measured yet"
+    if not trial.ok:
+        return f"{who}: {trial.why or trial.outcome}"
+    return step_rate(trial.raw, trial.spec.steps.index(step))
+
+
+def _step(asked: Ablation, kind: Kind, context: int, seen: dict[Part | None, _Seen]) -> AblatedStep:
+    whole, attention, mlp, rest = seen[None], seen["mlp"], seen["attention"], seen["both"]
     found = AblatedStep(
-        kind=kind, context=context, whole=whole.told, attention_only=attention.told, mlp_only=mlp.told
-    )  # fmt: skip
-    if attention.step_ms is None or mlp.step_ms is None:
+        kind=kind,
+        context=context,
+        whole=whole.told(asked.engines),
+        attention_only=attention.told(asked.engines),
+        mlp_only=mlp.told(asked.engines),
+        rest_only=rest.told(asked.engines),
+    )
+    if attention.one is None or mlp.one is None:
         return found
-    share = attention.step_ms / (attention.step_ms + mlp.step_ms)
+    # Seconds a token: the rates' inverses.
+    share = math.exp(mlp.one.log_mean) / (math.exp(mlp.one.log_mean) + math.exp(attention.one.log_mean))
     found = msgspec.structs.replace(found, attention_share=Figure(value=share * 100, unit="%", source="measured"))
-    if attention.gain is None or mlp.gain is None:
+    if attention.gain is not None and mlp.gain is not None:
+        mean = _mean([(share, attention.gain), (1 - share, mlp.gain)])
+        found = msgspec.structs.replace(found, weighted_mean=_figure(mean, "predicted"))
+    if rest.one is None:
         return found
-    expected = _mean([(share, attention.gain), (1 - share, mlp.gain)])
+    alone = _added(attention.one, mlp.one, rest.one)
+    if whole.one is not None and alone is not None:
+        found = msgspec.structs.replace(found, closure=_figure(log_ratio(whole.one, alone)))
+    if attention.several is None or mlp.several is None or rest.several is None or alone is None:
+        return found
+    together = _added(attention.several, mlp.several, rest.several)
+    if together is None:
+        return found
+    expected = log_ratio(together, alone)
     against = None if whole.gain is None else _figure(log_ratio(expected, whole.gain))
     # Made from measured figures by a rule that may not hold: that is what it is compared for.
     return msgspec.structs.replace(found, expected=_figure(expected, "predicted"), expected_over_whole=against)
+
+
+def _added(attention: LogMean, mlp: LogMean, rest: LogMean) -> LogMean | None:
+    """The rate of a model whose time is that of attention only and of MLPs only, less what both have: on logarithms,
+    each error by its share. None where what both have is more than there is.
+    """
+    parts = [(math.exp(-mean.log_mean), mean, sign) for mean, sign in ((attention, 1), (mlp, 1), (rest, -1))]
+    total = math.fsum(sign * seconds for seconds, _, sign in parts)
+    if total <= 0:
+        return None
+    variance, dof = add([Variance((mean.log_se * seconds / total) ** 2, mean.dof) for seconds, mean, _ in parts])
+    return LogMean(-math.log(total), math.sqrt(variance), dof)
 
 
 def _mean(weighted: Sequence[tuple[float, LogMean]]) -> LogMean:

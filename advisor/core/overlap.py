@@ -21,14 +21,10 @@ FEWEST_MARKS = 12
 
 
 class StepRate(Record, frozen=True):
-    """One fixed step on all engines of a trial: tokens per second together, and the mean time of a step in ms.
-
-    `graphed`: the GPU never waited for Python.
-    """
+    """One fixed step on all engines of a trial: tokens per second together, and the mean time of a step in ms."""
 
     tok_per_s: Value
     step_ms: float
-    graphed: bool
     mean: LogMean
 
 
@@ -41,6 +37,9 @@ def step_rate(raw: RawTrial, step: int) -> StepRate | str:
         return refused
     if any(len(row.marks) < FEWEST_MARKS for row in rows):
         return "it was not repeated often enough"
+    # Then it is not the GPU alone that is measured.
+    if waited := next((row for row in rows if not row.graphed), None):
+        return f"the GPU waited for Python: {waited.detail or 'it was launched kernel by kernel'}"
     low = max(row.marks[1][0] for row in rows)
     high = min(row.marks[-1][0] for row in rows)
     if high <= low:
@@ -60,7 +59,6 @@ def step_rate(raw: RawTrial, step: int) -> StepRate | str:
     return StepRate(
         tok_per_s=value_of(*mean),
         step_ms=(high - low) * len(rows) / steps * 1000,
-        graphed=all(row.graphed for row in rows),
         mean=mean,
     )
 

@@ -115,6 +115,8 @@ def _trials(
             yield load(1, "graphs up to the load", mps=False, certain=not question.concurrency_auto)
         for purpose in TUNING:
             yield load(1, purpose, mps=False)
+        if protocol.confirm:
+            yield load(1, "the default engine again, before a setting may beat it", mps=False)
     if question.concurrency_auto:
         for at in LOADS:
             yield load(1, f"the tuned engine at {at} in flight, until that brings under 5 %", mps=False)
@@ -152,7 +154,7 @@ def _trials(
             yield load(None, f"the best under MPS {again}{also}", mps=True, certain=True, more_s=curve_s)
         yield load(1, f"the default engine {again}: does the machine drift", mps=False, certain=True)
         for _ in range(protocol.more_starts):
-            yield load(None, "another start of what is known too roughly, for a verdict or for a gain", mps=False)
+            yield load(None, "another start of what is known too roughly, with MPS or without", mps=False)
     if protocol.gpu_alone and most >= 2:
         span_s = _sum(LATER_START_S, STEPS_S, TEARDOWN_S)
         yield _planned("steps", 1, False, None, "the tuned engine's GPU work alone: where its time goes", True, span_s)

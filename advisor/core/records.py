@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 
 WorkloadKind = Literal["serve", "prefill", "decode"]
 TrialKind = Literal["load", "numerics", "steps"]
-Part = Literal["attention", "mlp"]
+Part = Literal["attention", "mlp", "both"]
 Source = Literal["measured", "predicted", "bound", "vendor"]
 Outcome = Literal["ok", "infeasible", "oom", "crash", "timeout", "not_attached", "wrong_results", "invalid", "skipped"]
 # Outcomes that say nothing about a candidate: it may work the next time. The others are answers.
@@ -784,19 +784,25 @@ class Report(Record, frozen=True):
 
 class Variant(Record, frozen=True):
     """A model, whole or without a part, in one step: how long that takes one engine, and how many times one engine's
-    rate several reach under MPS. `why`: why one of them is not known.
+    rate several reach under MPS, each with its share of the batch. `overlap` is how many times the rate of one engine
+    with such a share they reach: 1 if their kernels only take turns, without what smaller batches cost. Of decode only:
+    a prefill step is full whatever the number of engines, so that both are the same. `why`: why something is not known.
     """
 
     step_ms: Figure | None = None
     gain: Figure | None = None
+    overlap: Figure | None = None
     why: str | None = None
 
 
 class AblatedStep(Record, frozen=True):
     """One fixed step of a model and of its parts, on the GPU alone.
 
-    `expected` is the mean of the two parts' gains, each weighted by its share of their time with one engine
-    (`attention_share` and the rest); `expected_over_whole` is how far that is from the whole model's gain.
+    Every variant has embedding, norms, output head and sampling; `rest_only` has nothing else. Times add up, if nothing
+    but the parts counts: attention only + MLP only − rest only = whole. `closure` is that sum over the whole's time
+    with one engine.
+    `expected` is the gain that the times of the parts so added let expect, `weighted_mean` the mean of the two parts'
+    gains, each weighted by its share of their time (`attention_share` and the rest).
     """
 
     kind: Literal["decode", "prefill"]
@@ -804,7 +810,10 @@ class AblatedStep(Record, frozen=True):
     whole: Variant
     attention_only: Variant
     mlp_only: Variant
+    rest_only: Variant
     attention_share: Figure | None = None
+    closure: Figure | None = None
+    weighted_mean: Figure | None = None
     expected: Figure | None = None
     expected_over_whole: Figure | None = None
 

@@ -123,9 +123,16 @@ def fixed_steps(workload: Workload, engines: int, base: EngineSettings) -> list[
         grown = output_tokens(workload) // 2 if workload.kind == "serve" else 0
         steps.append(Step(decode=share, decode_context=workload.isl + grown))
     if workload.kind != "decode":
-        budget = base.max_num_batched_tokens
-        steps.append(Step(prefill=max(1, budget // workload.isl), prefill_tokens=min(workload.isl, budget)))
+        steps.append(prompt_step(workload.isl, base))
     return steps
+
+
+def prompt_step(context: int, base: EngineSettings) -> Step:
+    """A step that reads whole prompts up to the token budget; of a longer one the piece in its middle."""
+    budget = base.max_num_batched_tokens
+    if context > budget:
+        return Step(prefill=1, prefill_tokens=budget, prefill_context=(context - budget) // 2)
+    return Step(prefill=max(1, min(budget // context, base.max_num_seqs)), prefill_tokens=context)
 
 
 def numerics_spec(manifest: Manifest, wanted: list[int], base: EngineSettings) -> TrialSpec:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from advisor.core.records import AblationReport, Figure, Variant
+from advisor.core.records import AblatedStep, AblationReport, Figure, Variant
 from advisor.report.terminal import MISSING, Line, clean, emit, width_of, wrap
 
-_HEADER = ("step", "context", "whole", "attention only", "MLP only", "expected")
+_PARTS = ("whole", "attention", "MLP", "neither")
 
 
 def render(report: AblationReport, console: Console) -> None:
@@ -25,21 +25,23 @@ def _lines(report: AblationReport, width: int) -> Iterator[Line]:
     yield "", ""
     yield from ((line, "bold") for line in wrap(clean(report.sentence), width))
     yield "", ""
-    yield f"{asked.engines} engines under MPS against one, by the GPU's work alone:", "bold"
-    yield _row(*_HEADER), "dim"
+    yield f"{asked.engines} engines under MPS against one, each with its share of the batch:", "bold"
+    yield _row("step", "context", *_PARTS, "expected"), "dim"
     for one in report.steps:
-        gains = [_gain(part) for part in (one.whole, one.attention_only, one.mlp_only)]
-        yield _row(one.kind, f"{one.context:,}", *gains, _times(one.expected)), ""
+        yield _row(one.kind, f"{one.context:,}", *(_times(part.gain) for part in _parts(one)), _times(one.expected)), ""
     yield "", ""
-    yield "A step of one engine:", "bold"
-    yield _row("step", "context", "whole", "attention only", "MLP only", "attention"), "dim"
+    yield "The same against one engine with such a share: 1 where kernels only take turns:", "bold"
+    yield _row("step", "context", *_PARTS), "dim"
     for one in report.steps:
-        times = [_time(part) for part in (one.whole, one.attention_only, one.mlp_only)]
-        share = MISSING if one.attention_share is None else f"{one.attention_share.value:.0f} %"
-        yield _row(one.kind, f"{one.context:,}", *times, share), ""
-    whys = {why: None for one in report.steps for part in (one.whole, one.attention_only, one.mlp_only)
-            if (why := part.why)}  # fmt: skip
-    for why in whys:
+        if one.kind == "decode":
+            yield _row(one.kind, f"{one.context:,}", *(_times(part.overlap) for part in _parts(one))), ""
+    yield "", ""
+    yield "A step of one engine, and the parts' sum over the whole:", "bold"
+    yield _row("step", "context", *_PARTS, "sum"), "dim"
+    for one in report.steps:
+        closure = MISSING if one.closure is None else f"{one.closure.value:.2f}"
+        yield _row(one.kind, f"{one.context:,}", *(_time(part) for part in _parts(one)), closure), ""
+    for why in {why: None for one in report.steps for part in _parts(one) if (why := part.why)}:
         yield from ((line, "") for line in wrap(f"  · {clean(why)}", width, "    "))
     yield from _scheduling(report)
     for told in report.warnings:
@@ -48,7 +50,11 @@ def _lines(report: AblationReport, width: int) -> Iterator[Line]:
         if told.remedy:
             yield from ((line, "") for line in wrap(f"  → {clean(told.remedy)}", width, "    "))
     yield "", ""
-    notes = ["± are 90 % intervals. Expected: the mean of the parts' gains, by their share of the time; predicted."]
+    notes = [
+        "attention: the model without its MLPs, so with projections and norms; MLP: without its attention; neither: "
+        "embedding, norms, output head and sampling, which all of them have.",
+        "expected: predicted, from the times of the parts added up. ± are 90 % intervals within one start.",
+    ]
     if report.replayed:
         notes.append("This report was replayed from a recorded run: nothing was measured now.")
     for note in notes:
@@ -85,11 +91,11 @@ def _load_row(*cells: str) -> str:
 
 
 def _row(kind: str, context: str, *cells: str) -> str:
-    return f"  {kind:8}{context:>8}" + "".join(f"{cell:>15}" for cell in cells)
+    return f"  {kind:8}{context:>8}" + "".join(f"{cell:>12}" for cell in cells)
 
 
-def _gain(part: Variant) -> str:
-    return _times(part.gain)
+def _parts(one: AblatedStep) -> tuple[Variant, ...]:
+    return one.whole, one.attention_only, one.mlp_only, one.rest_only
 
 
 def _times(figure: Figure | None) -> str:

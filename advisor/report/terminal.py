@@ -498,7 +498,7 @@ def _notes(report: Report) -> Iterator[str]:
     if any(value is not None and value.low is not None for value in values):
         yield "± and the ranges in brackets are 90 % intervals."
     if report.protocol.starts > 1:
-        yield "What was started again is quoted from its later start; progress lines show every start."
+        yield "What was started again is quoted from its later starts; progress lines show every start."
     for one in report.candidates:
         if one.outcome == "ok" and one.source not in ("measured", None):
             yield f"{_name(one)}: {one.source}, not measured."

@@ -14,8 +14,12 @@ import os
 from typing import Any
 
 BASE = "MPS_ADVISOR_BASE_ARCHITECTURE"
-# What is left out, by the architecture that a model's configuration then names: the layers' attribute.
-PARTS = {"MpsAdvisorWithoutAttention": "self_attn", "MpsAdvisorWithoutMlp": "mlp"}
+# What is left out, by the architecture that a model's configuration then names: the layers' attributes.
+PARTS = {
+    "MpsAdvisorWithoutAttention": ("self_attn",),
+    "MpsAdvisorWithoutMlp": ("mlp",),
+    "MpsAdvisorWithoutBoth": ("self_attn", "mlp"),
+}
 
 
 def register() -> None:
@@ -37,17 +41,18 @@ def __getattr__(name: str) -> type:
     return made
 
 
-def without(base: type, attribute: str, name: str) -> type:
-    """A model class like `base`, whose layers pass by what `attribute` names."""
+def without(base: type, attributes: tuple[str, ...], name: str) -> type:
+    """A model class like `base`, whose layers pass by what `attributes` name."""
 
     # vLLM reads these names off the signature.
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:  # noqa: ANN401
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)  # type: ignore[misc]
-        parts = [part for layer in self.modules() if (part := getattr(layer, attribute, None)) is not None]
-        if not parts:
-            raise ValueError(f"{base.__name__} has no layer with “{attribute}”: it cannot be taken apart")
-        for part in parts:
-            pass_by(part)
+        for attribute in attributes:
+            parts = [part for layer in self.modules() if (part := getattr(layer, attribute, None)) is not None]
+            if not parts:
+                raise ValueError(f"{base.__name__} has no layer with “{attribute}”: it cannot be taken apart")
+            for part in parts:
+                pass_by(part)
 
     return type(name, (base,), {"__init__": __init__, "__module__": __name__})
 

@@ -11,7 +11,11 @@ from advisor.core.records import Part
 from advisor.shell import ablated
 
 _STEPS, _ABLATED = "mps_advisor_inside", "mps_advisor_ablated"
-_ARCHITECTURES: dict[Part, str] = {"attention": "MpsAdvisorWithoutAttention", "mlp": "MpsAdvisorWithoutMlp"}
+_ARCHITECTURES: dict[Part, str] = {
+    "attention": "MpsAdvisorWithoutAttention",
+    "mlp": "MpsAdvisorWithoutMlp",
+    "both": "MpsAdvisorWithoutBoth",
+}
 
 
 def plugged_in(folder: Path, without: Part | None, architecture: str) -> tuple[list[str], dict[str, str]]:
@@ -30,8 +34,9 @@ def plugged_in(folder: Path, without: Part | None, architecture: str) -> tuple[l
         _plug_in(here / "ablated.py", folder)
         argv += ["--hf-overrides", json.dumps({"architectures": [_ARCHITECTURES[without]]})]
         environment[ablated.BASE] = architecture
-        if chosen := os.environ.get("VLLM_PLUGINS"):
-            environment["VLLM_PLUGINS"] = f"{chosen},{_ABLATED}"
+        # Where plug-ins are chosen, even none of them, this one has to be among them.
+        if (chosen := os.environ.get("VLLM_PLUGINS")) is not None:
+            environment["VLLM_PLUGINS"] = ",".join(filter(None, [chosen, _ABLATED]))
     return argv, environment
 
 
