@@ -668,6 +668,23 @@ def test_the_simpler_one_is_advised_where_no_gain_worth_its_while_can_be_lost_wi
     assert ties >= 3 and doubts >= 3, (ties, doubts)
 
 
+def test_no_start_is_spent_on_a_precision_that_cannot_be_reached():
+    class Rough(World):
+        def try_out(self, spec):
+            self.between_starts = 0.15 if spec.engines == 1 else 0.002
+            return super().try_out(spec)
+
+    def more(more_starts):
+        world = Rough(by_engines(1000, 2500, mps=1.4), noise=0.005)
+        world.chance = random.Random(2)
+        report = world.profile(protocol=msgspec.structs.replace(FULL, more_starts=more_starts))
+        assert report.recommendation.mps
+        return [spec.engines for spec in world.asked if spec.repeat >= 2].count(1)
+
+    # The default engine would have to be started some dozens of times.
+    assert more(8) <= 3 and more(200) > 8
+
+
 def test_what_is_judged_at_a_smaller_load_is_not_started_again_at_the_full_one():
     def more(slo, **changes):
         world = World(by_engines(1000, 1085, mps=1.0), noise=0.08, **changes)

@@ -88,25 +88,38 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
     )
 
 
-def unsure(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> Sequence[Contender]:
-    """The candidates that are known too roughly, by the trials so far: for a verdict, or where there is one, for the
-    protocol's precision of the gains that it quotes. Empty where all is known well enough.
+class Unsure(NamedTuple):
+    """What is known too roughly: groups of candidates, the worst first. `needed`: for a verdict, or because starts were
+    hardly repeated, and not only for the precision of gains that are quoted.
+    """
 
-    Only those that are judged at the full load: another start there says nothing of a smaller one.
+    groups: Sequence[Sequence[Contender]]
+    needed: bool
+
+
+def unsure(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> Unsure:
+    """What is known too roughly, by the trials so far: for a verdict, or where there is one, for the precision that the
+    protocol asks of the gains that are quoted. Nothing where all is known well enough.
+
+    Only candidates that are judged at the full load: another start there says nothing of a smaller one.
     """
     field, rows, missing = _rows(manifest, tried, outline)
     verdict = _recommend(field, rows, missing, Profile())
-    rough = verdict.rough or _rough_gain(field, verdict.choice)
-    return [one for one in rough if one.point is not None and one.point.concurrency == outline.concurrency]
+    found = Unsure([verdict.rough], True) if verdict.rough else _rough_gains(field, verdict.choice)
+    groups = [
+        [one for one in group if one.point is not None and one.point.concurrency == outline.concurrency]
+        for group in found.groups
+    ]
+    return found._replace(groups=[group for group in groups if group])
 
 
-def _rough_gain(field: Field, choice: Contender | None) -> Sequence[Contender]:
-    """The two candidates of the quoted gain that is known worst, or those of a kind that was hardly repeated; none
-    where all are known as the protocol asks.
+def _rough_gains(field: Field, choice: Contender | None) -> Unsure:
+    """The two candidates of each quoted gain that is known worse than the protocol asks, or those of a kind that was
+    hardly repeated.
     """
     wanted = field.manifest.protocol.gain_precision
     if choice is None or wanted is None:
-        return []
+        return Unsure([], False)
     shared = [one for one in field.all if one.mps and one.ok and one.engines > 1 and field.eligible(one)]
     under_mps = max(shared, key=lambda one: one.rate, default=choice)
     pairs = [
@@ -123,9 +136,9 @@ def _rough_gain(field: Field, choice: Contender | None) -> Sequence[Contender]:
     # Few starts may agree by chance.
     for _, pair in known:
         if few := [one for one in pair if one.estimate is not None and one.estimate.between.dof < FEWEST_DOF]:
-            return few
-    width, found = max(known, key=lambda pair: pair[0], default=(0.0, []))
-    return found if width > wanted else []
+            return Unsure([few], True)
+    rough = [(width, pair) for width, pair in known if width > wanted]
+    return Unsure([pair for _, pair in sorted(rough, key=lambda one: -one[0])], False)
 
 
 def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple[Field, list[Row], list[Candidate]]:

@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 import msgspec
 
 from advisor.core import cores, limits, memory, numerics, slo, specs, tuning
-from advisor.core.contenders import judge_logprobs
+from advisor.core.contenders import Contender, judge_logprobs
 from advisor.core.errors import NotRecorded
 from advisor.core.estimate import half_width, ratio_of_windows
 from advisor.core.outline import LeftOut, Outline
@@ -295,19 +295,16 @@ class Search:
         How often is decided beforehand, as in two-stage sampling (Stein 1945): to look after every start, and to stop
         as soon as there is a verdict, would favour lucky starts.
         """
-        left, wanted = self._protocol.more_starts, self._protocol.gain_precision or ENOUGH
+        left = self._protocol.more_starts
         while left > 0:
             found = unsure(self._manifest, self._tried, self._outline())
-            rough = [one for one in found if one.attempts[-1].ok]  # what does not start again is not known better
-            if not rough:
+            planned = (self._planned(group) for group in found.groups)
+            # A precision that cannot be reached is worth no start; a verdict is worth what there is.
+            one, count = next((plan for plan in planned if plan[1] and (found.needed or plan[1] <= left)), (None, 0))
+            if one is None:
                 return
-            one = max(rough, key=lambda one: half_width(one.value) if one.value else 0.0)
-            last, quoted = one.attempts[-1], max(1, len(one.starts) - 1)
-            width = half_width(one.value) if one.value else 2 * wanted
-            count = math.ceil(quoted * ((min(width, 1.0) / wanted) ** 2 - 1))
-            if one.estimate is None or one.estimate.between.dof < FEWEST_DOF:
-                count = 1  # first it has to be known how starts differ
-            for _ in range(min(left, max(1, count))):
+            last = one.attempts[-1]
+            for _ in range(min(left, count)):
                 again = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
                 try:
                     last = yield from self._measured(again, again=False)
@@ -316,6 +313,18 @@ class Search:
                 left -= 1
                 if not last.ok:
                     break
+
+    def _planned(self, group: Sequence[Contender]) -> tuple[Contender | None, int]:
+        """The roughest of these candidates and how many more starts should make it known; none where none starts."""
+        wanted = self._protocol.gain_precision or ENOUGH
+        starting = [one for one in group if one.attempts[-1].ok]  # what does not start again is not known better
+        one = max(starting, key=lambda one: half_width(one.value) if one.value else 0.0, default=None)
+        if one is None:
+            return None, 0
+        if one.estimate is None or one.estimate.between.dof < FEWEST_DOF:
+            return one, 1  # first it has to be known how starts differ
+        quoted, width = max(1, len(one.starts) - 1), half_width(one.value) if one.value else 2 * wanted
+        return one, max(1, math.ceil(quoted * ((min(width, 1.0) / wanted) ** 2 - 1)))
 
     def _on_the_gpu_alone(self) -> Chapter:
         """Fixed steps of the tuned engine and of the best several: why they gain. No verdict waits for it."""
