@@ -45,7 +45,7 @@ def live(asked: profiling.Asked, contexts: Sequence[int], loads: Sequence[int], 
     with profiling.bench(asked, console, complete) as (manifest, runner, progress, folder):
         tried: list[Tried] = []
         for spec in _all_trials(manifest):
-            for attempt in (spec, msgspec.structs.replace(spec, repeat=1)):
+            for attempt in _attempts(spec):
                 tried.append(judge(runner.run(attempt)))
                 progress.trial(tried[-1])
                 if tried[-1].outcome not in ACCIDENTS:
@@ -63,6 +63,11 @@ def live(asked: profiling.Asked, contexts: Sequence[int], loads: Sequence[int], 
 
 def _all_trials(manifest: Manifest) -> list[TrialSpec]:
     return [*trials(manifest), *scheduling.trials(manifest)]
+
+
+def _attempts(spec: TrialSpec) -> tuple[TrialSpec, TrialSpec]:
+    """A trial, and the one to make if it failed by accident."""
+    return spec, msgspec.structs.replace(spec, repeat=1)
 
 
 def replayed(
@@ -83,7 +88,7 @@ def replayed(
     runner = replay.Replay(folder)
     tried = []
     for spec in _all_trials(manifest):
-        for attempt in (spec, msgspec.structs.replace(spec, repeat=1)):
+        for attempt in _attempts(spec):
             try:
                 tried.append(judge(runner.run(attempt)))
             except NotRecorded:

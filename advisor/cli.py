@@ -56,6 +56,15 @@ class Weights(StrEnum):
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What to print on stdout; progress goes to stderr.")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Hugging Face id, folder with config.json, or a shipped model name.", metavar="M")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float16.")]
+GpuOption = Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")]
+WeightsOption = Annotated[Weights, typer.Option(help="auto: real weights if they are on this machine; dummy: never.")]
+OutOption = Annotated[Path | None, typer.Option(help="Run folder for the raw evidence.", metavar="DIR")]
+VllmOption = Annotated[str | None, typer.Option(help="How to start vLLM, if not by this Python.", metavar="COMMAND")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 
 
 def _version(asked: bool) -> None:
@@ -77,7 +86,7 @@ def _root(
     epilog="Example: mps-advisor doctor --gpu 0",
 )
 def doctor(
-    gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
+    gpu: GpuOption = None,
     format: FormatOption = Format.table,
 ) -> None:
     """Is this machine fit for a live run?
@@ -103,10 +112,7 @@ def doctor(
     epilog="Example: mps-advisor profile --model Qwen/Qwen2.5-0.5B --ctx 1024 (without a GPU: add --replay auto)",
 )
 def profile(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hugging Face id, folder with config.json, or a shipped model name.", metavar="M"),
-    ] = None,
+    model: ModelOption = None,
     ctx: Annotated[
         str | None, typer.Option(help="Prompt length in tokens (ISL); 256:2048 for mixed lengths.", metavar="N|A:B")
     ] = None,
@@ -143,18 +149,14 @@ def profile(
             metavar="LIST",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     quantization: Annotated[str | None, typer.Option(help="vLLM's --quantization, fp8 for example.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="vLLM's --kv-cache-dtype.")] = "auto",
-    gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
-    weights: Annotated[
-        Weights, typer.Option(help="auto: real weights if they are on this machine; dummy: never.")
-    ] = Weights.auto,
-    out: Annotated[Path | None, typer.Option(help="Run folder for the raw evidence.", metavar="DIR")] = None,
-    vllm: Annotated[
-        str | None, typer.Option(help="How to start vLLM, if not by this Python.", metavar="COMMAND")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    gpu: GpuOption = None,
+    weights: WeightsOption = Weights.auto,
+    out: OutOption = None,
+    vllm: VllmOption = None,
+    resume: ResumeOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, the memory and the minutes; touch no GPU.")
     ] = False,
@@ -203,10 +205,7 @@ def profile(
     epilog="Example: mps-advisor ablate --model Qwen/Qwen2.5-3B --ctx 128,1024",
 )
 def ablate(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hugging Face id, folder with config.json, or a shipped model name.", metavar="M"),
-    ] = None,
+    model: ModelOption = None,
     ctx: Annotated[
         str | None, typer.Option(help="Context in tokens, or several: 128,512,1024.", metavar="N[,N…]")
     ] = None,
@@ -219,16 +218,12 @@ def ablate(
         ),
     ] = None,
     osl: Annotated[int, typer.Option(min=1, help="Output length in tokens under load.")] = 128,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
-    gpu: Annotated[str | None, typer.Option(help="GPU by index or UUID.", metavar="INDEX|UUID")] = None,
-    weights: Annotated[
-        Weights, typer.Option(help="auto: real weights if they are on this machine; dummy: never.")
-    ] = Weights.auto,
-    out: Annotated[Path | None, typer.Option(help="Run folder for the raw evidence.", metavar="DIR")] = None,
-    vllm: Annotated[
-        str | None, typer.Option(help="How to start vLLM, if not by this Python.", metavar="COMMAND")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dtype: DtypeOption = "auto",
+    gpu: GpuOption = None,
+    weights: WeightsOption = Weights.auto,
+    out: OutOption = None,
+    vllm: VllmOption = None,
+    resume: ResumeOption = False,
     replay: Annotated[
         str | None, typer.Option(help="Replay a recorded ablation instead of measuring.", metavar="auto|DIR")
     ] = None,
@@ -243,8 +238,7 @@ def ablate(
     contexts = None if ctx is None else _numbers(ctx, "--ctx", 2)
     loads = [] if async_scheduling is None else _numbers(async_scheduling, "--async-scheduling", 1)
     if replay is not None:
-        if resume or out is not None or gpu is not None:
-            raise BadQuestion("--replay measures nothing and records nothing; leave out --resume, --out and --gpu")
+        profiling.refuse_measuring(resume, out, gpu)
         report = ablating.replayed(model, contexts, replay, lambda text: typer.echo(text, err=True))
     else:
         if contexts is None:

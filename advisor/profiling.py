@@ -158,10 +158,15 @@ def _settings(model: ModelFacts, gpu: GpuFacts, question: Question) -> EngineSet
 # ---------------------------------------------------------------- replay
 
 
+def refuse_measuring(resume: bool, out: Path | None, gpu: str | None) -> None:
+    """Refuse the options of a live run beside --replay."""
+    if resume or out is not None or gpu is not None:
+        raise BadQuestion("--replay measures nothing and records nothing; leave out --resume, --out and --gpu")
+
+
 def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text: None) -> Report:
     """The report of a recorded run, computed from its raw evidence alone. `say` is told which one was chosen."""
-    if asked.resume or asked.out is not None or asked.gpu is not None:
-        raise BadQuestion("--replay measures nothing and records nothing; leave out --resume, --out and --gpu")
+    refuse_measuring(asked.resume, asked.out, asked.gpu)
     workload = _workload(asked) if asked.ctx is not None else None
     if where == "auto":
         if asked.model is None or workload is None:

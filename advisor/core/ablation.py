@@ -16,7 +16,7 @@ import msgspec
 from advisor.core import memory, scheduling, specs, tuning
 from advisor.core.cautions import caution
 from advisor.core.errors import NoHonestAnswer
-from advisor.core.intervals import LogMean, Variance, add, log_ratio, value_of
+from advisor.core.intervals import LogMean, Variance, add, figure_of, log_ratio
 from advisor.core.overlap import StepRate, step_rate
 from advisor.core.records import (
     SCHEMA_VERSION,
@@ -29,10 +29,9 @@ from advisor.core.records import (
     Part,
     Step,
     TrialSpec,
-    Value,
     Variant,
 )
-from advisor.core.tried import Tried, key, slug
+from advisor.core.tried import Tried, first_key, key, slug
 from advisor.core.wording import times
 
 BATCHES = (1024, 512, 256)
@@ -95,15 +94,16 @@ def trials(manifest: Manifest) -> list[TrialSpec]:
 def _steps(asked: Ablation, engines: int, base: EngineSettings) -> Iterator[Step]:
     """Of several engines each decodes its share of the batch; one engine decodes all of it, and then such a share."""
     for context in asked.contexts:
-        yield Step(decode=asked.batch // engines, decode_context=context)
+        yield _decode(asked, context, engines)
         yield specs.prompt_step(context, base)
     if engines == 1:
         for context in asked.contexts:
-            yield _share(asked, context)
+            yield _decode(asked, context, asked.engines)
 
 
-def _share(asked: Ablation, context: int) -> Step:
-    return Step(decode=asked.batch // asked.engines, decode_context=context)
+def _decode(asked: Ablation, context: int, engines: int) -> Step:
+    """What one of so many engines decodes of the batch."""
+    return Step(decode=asked.batch // engines, decode_context=context)
 
 
 class _Seen(NamedTuple):
@@ -119,14 +119,14 @@ class _Seen(NamedTuple):
     def gain(self) -> LogMean | None:
         return None if self.one is None or self.several is None else log_ratio(self.several, self.one)
 
-    def told(self, engines: int) -> Variant:
+    @property
+    def told(self) -> Variant:
         overlap = None
         if self.share is not None and self.several is not None:
-            alone = self.share._replace(log_mean=self.share.log_mean)
-            overlap = _figure(log_ratio(self.several, alone))
+            overlap = figure_of(log_ratio(self.several, self.share), "×")
         return Variant(
             step_ms=None if self.step_ms is None else Figure(value=self.step_ms, unit="ms", source="measured"),
-            gain=None if self.gain is None else _figure(self.gain),
+            gain=None if self.gain is None else figure_of(self.gain, "×"),
             overlap=overlap,
             why=self.why or None,
         )
@@ -139,7 +139,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
         raise ValueError("only a run of `ablate` takes a model apart")
     known: dict[str, Tried] = {}
     for one in sorted(tried, key=lambda one: one.ok):
-        known[key(msgspec.structs.replace(one.spec, repeat=0))] = one
+        known[first_key(one.spec)] = one
     found: dict[Part | None, list[Tried | None]] = {part: [] for part in VARIANTS}
     for spec in trials(manifest):
         found[spec.without].append(known.get(key(spec)))
@@ -175,14 +175,12 @@ def _seen(
     asked: Ablation, one: Tried | None, several: Tried | None, kind: Kind, context: int, base: EngineSettings
 ) -> _Seen:
     def step(engines: int) -> Step:
-        if kind == "prefill":
-            return specs.prompt_step(context, base)
-        return Step(decode=asked.batch // engines, decode_context=context)
+        return specs.prompt_step(context, base) if kind == "prefill" else _decode(asked, context, engines)
 
     alone = _rate(one, step(1), "one engine")
     if isinstance(alone, str):
         return _Seen(why=alone)
-    share = _rate(one, _share(asked, context), "one engine") if kind == "decode" else ""
+    share = _rate(one, step(asked.engines), "one engine") if kind == "decode" else ""
     together = _rate(several, step(asked.engines), "several engines")
     if isinstance(together, str):
         return _Seen(alone.step_ms, alone.mean, why=together)
@@ -202,10 +200,10 @@ def _step(asked: Ablation, kind: Kind, context: int, seen: dict[Part | None, _Se
     found = AblatedStep(
         kind=kind,
         context=context,
-        whole=whole.told(asked.engines),
-        attention_only=attention.told(asked.engines),
-        mlp_only=mlp.told(asked.engines),
-        rest_only=rest.told(asked.engines),
+        whole=whole.told,
+        attention_only=attention.told,
+        mlp_only=mlp.told,
+        rest_only=rest.told,
     )
     if attention.one is None or mlp.one is None:
         return found
@@ -214,21 +212,21 @@ def _step(asked: Ablation, kind: Kind, context: int, seen: dict[Part | None, _Se
     found = msgspec.structs.replace(found, attention_share=Figure(value=share * 100, unit="%", source="measured"))
     if attention.gain is not None and mlp.gain is not None:
         mean = _mean([(share, attention.gain), (1 - share, mlp.gain)])
-        found = msgspec.structs.replace(found, weighted_mean=_figure(mean, "predicted"))
+        found = msgspec.structs.replace(found, weighted_mean=figure_of(mean, "×", "predicted"))
     if rest.one is None:
         return found
     alone = _added(attention.one, mlp.one, rest.one)
     if whole.one is not None and alone is not None:
-        found = msgspec.structs.replace(found, closure=_figure(log_ratio(whole.one, alone)))
+        found = msgspec.structs.replace(found, closure=figure_of(log_ratio(whole.one, alone), "×"))
     if attention.several is None or mlp.several is None or rest.several is None or alone is None:
         return found
     together = _added(attention.several, mlp.several, rest.several)
     if together is None:
         return found
     expected = log_ratio(together, alone)
-    against = None if whole.gain is None else _figure(log_ratio(expected, whole.gain))
+    against = None if whole.gain is None else figure_of(log_ratio(expected, whole.gain), "×")
     # Made from measured figures by a rule that may not hold: that is what it is compared for.
-    return msgspec.structs.replace(found, expected=_figure(expected, "predicted"), expected_over_whole=against)
+    return msgspec.structs.replace(found, expected=figure_of(expected, "×", "predicted"), expected_over_whole=against)
 
 
 def _added(attention: LogMean, mlp: LogMean, rest: LogMean) -> LogMean | None:
@@ -251,17 +249,12 @@ def _mean(weighted: Sequence[tuple[float, LogMean]]) -> LogMean:
     return LogMean(math.log(total), math.sqrt(variance), dof)
 
 
-def _figure(mean: LogMean, source: Literal["measured", "predicted"] = "measured") -> Figure:
-    value = value_of(*mean)
-    return Figure(value=value.value, unit="×", source=source, low=value.low, high=value.high)
-
-
 def _sentence(asked: Ablation, steps: Sequence[AblatedStep]) -> str:
     """Which part gains, at the first context, in decode: what the others look like stands in the table."""
     for one in steps:
         whole, attention, mlp = (part.gain for part in (one.whole, one.attention_only, one.mlp_only))
         if whole is not None and attention is not None and mlp is not None:
-            told = [times(Value(value=gain.value, low=gain.low, high=gain.high)) for gain in (whole, attention, mlp)]
+            told = [times(gain) for gain in (whole, attention, mlp)]
             return (
                 f"By the GPU's work alone {asked.engines} engines under MPS reach {told[0]} of one engine in "
                 f"{one.kind} at context {one.context:,}; with attention only {told[1]}, with MLPs only {told[2]}."

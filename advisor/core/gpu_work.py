@@ -10,7 +10,7 @@ import msgspec
 from advisor.core.candidates import Field
 from advisor.core.contenders import Contender
 from advisor.core.estimate import log_gain
-from advisor.core.intervals import LogMean, log_ratio, value_of
+from advisor.core.intervals import LogMean, figure_of, log_ratio
 from advisor.core.overlap import rate_alone, step_rate
 from advisor.core.records import EngineSettings, Figure, KernelPart, Overlap, Source, Step, StepProfile, Workload
 from advisor.core.saturation import saturation
@@ -39,7 +39,7 @@ def gpu_work(field: Field, steps: Sequence[Tried], unit: str) -> GpuWork:
         return GpuWork(None, decode, prefill)
     several = [one for one in steps if one.ok and one.spec.engines > 1]
     found = (_overlap(field, one, alone, workload) for one in several)
-    return GpuWork(_figure(alone, unit), decode, prefill, [one for one in found if one is not None])
+    return GpuWork(figure_of(alone, unit), decode, prefill, [one for one in found if one is not None])
 
 
 def _overlap(field: Field, several: Tried, alone: LogMean, workload: Workload) -> Overlap | None:
@@ -53,8 +53,8 @@ def _overlap(field: Field, several: Tried, alone: LogMean, workload: Workload) -
         engines=spec.engines,
         mps=spec.mps,
         thread_percentage=spec.thread_percentage,
-        overlap=_figure(shared, "×"),
-        host=None if gained is None else _figure(log_ratio(gained, shared), "×"),
+        overlap=figure_of(shared, "×"),
+        host=None if gained is None else figure_of(log_ratio(gained, shared), "×"),
         trial=slug(spec),
     )
 
@@ -122,8 +122,3 @@ def _kernels(field: Field, single: Tried, index: int, step: Step) -> tuple[dict[
 
 def _percent(share: float | None, source: Source) -> Figure | None:
     return None if share is None else Figure(value=share * 100, unit="%", source=source)
-
-
-def _figure(mean: LogMean, unit: str) -> Figure:
-    value = value_of(*mean)
-    return Figure(value=value.value, unit=unit, source="measured", low=value.low, high=value.high)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from advisor.core.records import Value
+from advisor.core.records import Figure, Source, Value
 
 CONFIDENCE = 0.90
 _NORMAL_95 = 1.6448536269514722  # 95th percentile of the standard normal: half of a two-sided 90 % interval
@@ -104,6 +104,12 @@ def value_of(log_mean: float, log_se: float, dof: float, centre: float | None = 
     middle = math.exp(log_mean) if centre is None else centre
     factor = math.exp(student_t_90(dof) * log_se)
     return Value(value=middle, low=middle / factor, high=middle * factor)
+
+
+def figure_of(mean: LogMean, unit: str, source: Source = "measured") -> Figure:
+    """The same as a figure of a report."""
+    value = value_of(*mean)
+    return Figure(value=value.value, unit=unit, source=source, low=value.low, high=value.high)
 
 
 class Variance(NamedTuple):

@@ -64,7 +64,7 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], outline: Outline, *, cr
     field, rows, missing = _rows(manifest, tried, outline)
     profile = _profile(field, rows, [one for one in tried if one.spec.kind == "steps"])
     recommendation, choice, _ = _recommend(field, rows, missing, profile)
-    chosen = next((candidate for one, candidate in rows if one is choice), None)
+    chosen = _row_of(rows, choice)
     host = host_speed([one.raw for one in tried if one.spec.kind == "load"])
     return Report(
         schema_version=SCHEMA_VERSION,
@@ -184,7 +184,12 @@ def _profile(field: Field, rows: Sequence[Row], steps: Sequence[Tried]) -> Profi
 
 def _single(field: Field, rows: Sequence[Row]) -> Candidate | None:
     """The best single engine; the default one where none was looked for."""
-    return next((row for one, row in rows if one is (field.tuned or field.default)), None)
+    return _row_of(rows, field.tuned or field.default)
+
+
+def _row_of(rows: Sequence[Row], wanted: Contender | None) -> Candidate | None:
+    """What the report says of a contender."""
+    return next((row for one, row in rows if one is wanted), None)
 
 
 def _simplicity(field: Field, one: Candidate) -> tuple[bool, int, bool, bool]:
@@ -242,7 +247,10 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], 
         gain_vs_tuned=chosen.gain_vs_tuned,
         gain_vs_best_without_mps=chosen.gain_vs_best_without_mps,
         sentence=sentence(field, chosen, ok, threshold) + rival_missing(field, chosen, candidates),
-        because=[*because(field, chosen, ok, threshold, _single(field, rows)), *of_the_gpu(profile)],
+        because=[
+            *because(field, chosen, ok, threshold, _single(field, rows), _row_of(rows, field.best_without)),
+            *of_the_gpu(profile),
+        ],
         cost_of_mps=deployment.COST_OF_MPS if chosen.mps else [],
         environment=deployment.environment(manifest, chosen),
         commands=deployment.commands(manifest, chosen),

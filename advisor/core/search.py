@@ -19,7 +19,7 @@ from advisor.core.estimate import half_width, ratio_of_windows
 from advisor.core.outline import LeftOut, Outline
 from advisor.core.recommend import FEWEST_DOF, unsure
 from advisor.core.records import ACCIDENTS, EngineSettings, Manifest, Outcome, TrialSpec
-from advisor.core.tried import Tried, candidate, key
+from advisor.core.tried import Tried, candidate, first_key, key
 
 # Another engine, or another setting, has to add this much to be worth it.
 WORTH_IT = 1.03
@@ -338,7 +338,7 @@ class Search:
     def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
         """Further starts of a candidate; the last one of a finalist also at smaller loads."""
         # It may have been started again before, when another load was looked for.
-        again = [other for other in self._tried if _same(other.spec, one.spec)]
+        again = [other for other in self._tried if first_key(other.spec) == first_key(one.spec)]
         last = max([one, *again], key=lambda other: other.spec.repeat)
         for _ in range(1, self._protocol.starts):
             spec = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
@@ -442,11 +442,6 @@ class Search:
                 settings=base,
             )
         )
-
-
-def _same(one: TrialSpec, other: TrialSpec) -> bool:
-    """Whether these are starts of the same candidate at the same load."""
-    return key(msgspec.structs.replace(one, repeat=0)) == key(msgspec.structs.replace(other, repeat=0))
 
 
 def _ordinal(number: int) -> str:

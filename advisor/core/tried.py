@@ -82,7 +82,12 @@ def candidate(spec: TrialSpec) -> str:
 
 def is_retry(spec: TrialSpec, last: Tried) -> bool:
     """Whether a spec asks for the same as the last trial, which failed, once more."""
-    return not last.ok and key(msgspec.structs.replace(spec, repeat=last.spec.repeat)) == key(last.spec)
+    return not last.ok and first_key(spec) == first_key(last.spec)
+
+
+def first_key(spec: TrialSpec) -> str:
+    """What all starts of the same trial have in common: the key of its first one."""
+    return key(msgspec.structs.replace(spec, repeat=0))
 
 
 def key(spec: TrialSpec) -> str:

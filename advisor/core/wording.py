@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from advisor.core import slo, tuning
 from advisor.core.candidates import Field
 from advisor.core.records import ACCIDENTS, Candidate, EngineSettings, Figure, Overlap, Profile, StepProfile, Value
-from advisor.core.tried import slug
 from advisor.core.tuning import GPU_BUSY_IDLE_PCT
 
 
@@ -35,7 +34,7 @@ def _with(told: EngineSettings, base: EngineSettings) -> str:
     return f" with {', '.join(words)}" if words else ""
 
 
-def times(gain: Value | None, against: float | None = None) -> str:
+def times(gain: Value | Figure | None, against: float | None = None) -> str:
     """“1.19× (1.16 to 1.22)”; with more digits where two would hide on which side of `against` it lies."""
     if gain is None:
         return "–"
@@ -122,12 +121,15 @@ def rival_missing(field: Field, choice: Candidate, candidates: Sequence[Candidat
 
 
 def because(
-    field: Field, choice: Candidate, ok: Sequence[Candidate], threshold: float, single: Candidate | None
+    field: Field,
+    choice: Candidate,
+    ok: Sequence[Candidate],
+    threshold: float,
+    single: Candidate | None,
+    best_without: Candidate | None,
 ) -> list[str]:
-    """The reasons for the choice. `single` is the best single engine."""
+    """The reasons for the choice. `single` is the best single engine, `best_without` what MPS is compared with."""
     reasons = []
-    best = field.best_without.shown if field.best_without else None
-    best_without = next((one for one in ok if best is not None and one.trial == slug(best.spec)), None)
     rival = best_under_mps(ok)
     if choice.mps and best_without is not None:
         reasons.append(
@@ -184,7 +186,7 @@ def _overlapping(one: Overlap) -> str:
     what = f"{one.engines} engines {'under' if one.mps else 'without'} MPS"
     if one.thread_percentage is not None:
         what += f" at {one.thread_percentage} % of the threads each"
-    shared, host = _figure_times(one.overlap), one.host and _figure_times(one.host)
+    shared, host = times(one.overlap), one.host and times(one.host)
     low, high = one.overlap.low or 0.0, one.overlap.high or 0.0
     begin = f"By the GPU's work alone {what} reach {shared} of what one engine does"
     if low > 1.0:
@@ -208,10 +210,6 @@ def _step(what: str, one: StepProfile) -> str:
     if not told:
         return ""
     return f"One engine's {what} step takes the GPU {one.step_ms.value:.2f} ms: {'; '.join(told)}."
-
-
-def _figure_times(figure: Figure) -> str:
-    return times(Value(value=figure.value, low=figure.low, high=figure.high))
 
 
 def _changed(field: Field, one: Candidate) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from advisor.core.records import AblatedStep, AblationReport, Figure, Variant
-from advisor.report.terminal import MISSING, Line, clean, emit, width_of, wrap
+from advisor.report.terminal import MISSING, Line, clean, emit, warnings, width_of, wrap
 
 _PARTS = ("whole", "attention", "MLP", "neither")
 
@@ -44,11 +44,7 @@ def _lines(report: AblationReport, width: int) -> Iterator[Line]:
     for why in {why: None for one in report.steps for part in _parts(one) if (why := part.why)}:
         yield from ((line, "") for line in wrap(f"  · {clean(why)}", width, "    "))
     yield from _scheduling(report)
-    for told in report.warnings:
-        yield "", ""
-        yield from ((line, "yellow") for line in wrap(f"Warning: {clean(told.text)}", width, "  "))
-        if told.remedy:
-            yield from ((line, "") for line in wrap(f"  → {clean(told.remedy)}", width, "    "))
+    yield from warnings(report.warnings, width)
     yield "", ""
     notes = [
         "attention: the model without its MLPs, so with projections and norms; MLP: without its attention; neither: "

@@ -14,7 +14,7 @@ from string import ascii_lowercase
 from rich.console import Console
 from rich.text import Text
 
-from advisor.core.records import Candidate, KernelPart, Outcome, Percentiles, Report, Value, Workload
+from advisor.core.records import Candidate, Caution, KernelPart, Outcome, Percentiles, Report, Value, Workload
 from advisor.core.tuning import words
 from advisor.core.wording import rate, times
 from advisor.core.workload import prompt_range
@@ -98,11 +98,7 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
     yield from _bullets("What MPS costs", _cost(report), width)
     yield from _bullets("Why not the others", _why_not(report), width)
     yield from _how_to_run(report, width)
-    for caution in report.warnings:
-        yield "", ""
-        yield from ((line, "yellow") for line in wrap(f"Warning: {clean(caution.text)}", width, "  "))
-        if caution.remedy:
-            yield from ((line, "") for line in wrap(f"  → {clean(caution.remedy)}", width, "    "))
+    yield from warnings(report.warnings, width)
     yield "", ""
     for note in _notes(report):
         yield from ((line, "dim") for line in wrap(note, width, "  "))
@@ -488,6 +484,15 @@ def _part(part: KernelPart | None) -> str:
         return MISSING
     near = f" ({part.of_roofline.value:.0f} % of its roofline)" if part.of_roofline else ""
     return f"{part.share.value:.0f} %{near}"
+
+
+def warnings(told: Iterable[Caution], width: int) -> Iterator[Line]:
+    """Each caution with its remedy."""
+    for caution in told:
+        yield "", ""
+        yield from ((line, "yellow") for line in wrap(f"Warning: {clean(caution.text)}", width, "  "))
+        if caution.remedy:
+            yield from ((line, "") for line in wrap(f"  → {clean(caution.remedy)}", width, "    "))
 
 
 # ---------------------------------------------------------------- notes
