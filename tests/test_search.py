@@ -470,7 +470,7 @@ def test_of_two_candidates_the_rougher_one_is_started_again():
     world.profile(protocol=msgspec.structs.replace(FULL, more_starts=20))
     more = [spec.engines for spec in world.asked if spec.repeat >= 2]
     # Two more of each kind, as few starts may agree by chance; then the rough one.
-    assert more.count(1) >= 5 and more.count(2) <= 4
+    assert more.count(1) >= 4 and more.count(2) <= 4
 
 
 class Uneasy(World):

@@ -51,6 +51,11 @@ class Contender:
         return self.shown.spec.settings
 
     @property
+    def quoted(self) -> Sequence[Tried]:
+        """The starts at full load that are quoted; what chose or confirmed it is not."""
+        return _quoted(self.starts) if self.starts else []
+
+    @property
     def ok(self) -> bool:
         return self.estimate is not None
 

@@ -323,7 +323,7 @@ class Search:
             return None, 0
         if one.estimate is None or one.estimate.between.dof < FEWEST_DOF:
             return one, 1  # first it has to be known how starts differ
-        quoted, width = max(1, len(one.starts) - 1), half_width(one.value) if one.value else 2 * wanted
+        quoted, width = max(1, len(one.quoted)), half_width(one.value) if one.value else 2 * wanted
         return one, max(1, math.ceil(quoted * ((min(width, 1.0) / wanted) ** 2 - 1)))
 
     def _on_the_gpu_alone(self) -> Chapter:
