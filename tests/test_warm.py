@@ -198,6 +198,55 @@ def test_a_forked_engine_has_as_many_threads_as_cores(warmed, tmp_path):
     assert told(log_of(warm.spawn(command, [0], child_environment({}), log), log))["threads"] == 1
 
 
+SEVERAL_SERVERS = """
+import os
+import prometheus_client.values
+from vllm.v1 import utils
+
+def serve():
+    print("with its memory" if hasattr(utils, "known") else "anew", prometheus_client.values.ValueClass, flush=True)
+
+if __name__ == "__main__":
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = "/counts"
+    utils.known = True
+    server = utils.multiprocessing.get_context("spawn").Process(target=serve)
+    server.start()
+    server.join()
+    print(utils.multiprocessing.current_process().name, server.exitcode)
+"""
+VALUES = """
+import os
+def get_value_class(): return "in files" if "PROMETHEUS_MULTIPROC_DIR" in os.environ else "in memory"
+ValueClass = get_value_class()
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"VLLM_WORKER_MULTIPROC_METHOD": "fork"}, "with its memory in files"),
+        ({"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}, "anew in files"),
+        ({}, "anew in files"),
+    ],
+)
+def test_several_api_servers_are_made_as_vllm_makes_its_engine_core_and_count_together(
+    warmed, tmp_path, environment, found
+):
+    command = vllm_stand_in(tmp_path, "import prometheus_client.values; import vllm.v1.utils")
+    packages = tmp_path / "packages"
+    (packages / "vllm" / "v1" / "utils.py").write_text("import multiprocessing")
+    (packages / "prometheus_client").mkdir()
+    (packages / "prometheus_client" / "__init__.py").touch()
+    (packages / "prometheus_client" / "values.py").write_text(VALUES)
+    (packages / "told.py").write_text(SEVERAL_SERVERS)
+    warm = warmed(command, {"PYTHONPATH": str(packages)})
+    log = tmp_path / "its.log"
+    place = {"PYTHONPATH": str(packages), **environment}
+    text = log_of(warm.spawn(command, [], child_environment(place), log), log)
+
+    assert text.splitlines() == [found, "MainProcess 0"]
+
+
 def test_a_process_whose_imports_left_a_thread_running_is_not_forked(tmp_path, monkeypatch):
     text = "import threading, time; threading.Thread(target=time.sleep, args=(30,), daemon=True).start()"
     command = vllm_stand_in(tmp_path, text)

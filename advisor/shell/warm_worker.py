@@ -20,6 +20,7 @@ import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
+import multiprocessing as processes  # noqa: E402
 import runpy  # noqa: E402
 import selectors  # noqa: E402
 import signal  # noqa: E402
@@ -77,8 +78,35 @@ def load() -> dict[str, str | None]:
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    fork_api_servers()
     after: dict[str, str | None] = {**dict.fromkeys(before), **os.environ}
     return {name: value for name, value in after.items() if before.get(name) != value}
+
+
+def fork_api_servers() -> None:
+    """Have several API servers of an engine forked as well: vLLM spawns them whatever it is told."""
+    if (makes := sys.modules.get("vllm.v1.utils")) is None or getattr(makes, "multiprocessing", None) is not processes:
+        return  # another vLLM makes them elsewhere, and as it likes
+    makes.multiprocessing = _Forking()  # type: ignore[attr-defined]
+    os.register_at_fork(after_in_child=count_together)
+
+
+class _Forking:
+    """The module `multiprocessing`, but its processes are made as vLLM is told to make its others."""
+
+    def get_context(self, method: str | None = None) -> processes.context.BaseContext:
+        return processes.get_context(os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", method))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(processes, name)
+
+
+def count_together() -> None:
+    """What several API servers count is added up through files. Whether it is, this library asks when it is imported,
+    and that was before vLLM wanted it.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ and (values := sys.modules.get("prometheus_client.values")) is not None:
+        values.ValueClass = values.get_value_class()  # type: ignore[attr-defined]
 
 
 def fit() -> bool:
