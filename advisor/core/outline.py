@@ -19,10 +19,11 @@ class LeftOut(Record, frozen=True):
 
 class Outline(Record, frozen=True):
     """What a finished search found on its way: the full load, the settings of the best single engine, those that the
-    settings of several are made from, and what was not run.
+    settings of several are made from, how many engines showed that these are to differ, and what was not run.
     """
 
     concurrency: int
     tuned: EngineSettings
     several: EngineSettings
+    shown_by: int
     left_out: list[LeftOut]

@@ -129,6 +129,8 @@ def _trials(
         for engines in range(3, most + 1):
             yield load(engines, f"only if engine {engines - 1} added 3 % or more", mps=True)
         winner = 2 if most == 2 else None
+        if protocol.plain_rival and winner is None:
+            yield load(None, "the winning number with default settings, if it has others", mps=True)
         if winner is None:
             yield load(None, "the winning number without MPS, if it is not 2", mps=False)
         if protocol.tune:

@@ -47,6 +47,7 @@ class Search:
         self._protocol = manifest.protocol
         self._tuned = manifest.settings
         self._several_from = manifest.settings  # what the settings of several engines are made from
+        self._shown_by = 2  # engines that showed whether that is to be the tuned ones
         self._single: Tried | None = None  # the tuned engine's first start at full load
         self._left_out: list[LeftOut] = []
         self._results: dict[str, Tried] = {}  # by trial
@@ -79,6 +80,7 @@ class Search:
             concurrency=self._concurrency,
             tuned=self._tuned,
             several=self._several_from,
+            shown_by=self._shown_by,
             left_out=self._left_out,
         )
 
@@ -176,6 +178,8 @@ class Search:
         if winner is None:
             return
         engines = winner.spec.engines
+        if self._protocol.plain_rival and tuned:
+            winner = yield from self._against_plain(winner)
         yield from self._measured(self._spec(engines, mps=False))
         if tuned:
             # What was chosen under MPS need not be the best without it, and that is what MPS is compared with.
@@ -196,6 +200,23 @@ class Search:
         plain = yield from self._measured(self._spec(2, mps=True))
         if tuned.ok and (not plain.ok or self._is_better(tuned, plain)):
             self._several_from = self._tuned
+
+    def _against_plain(self, winner: Tried) -> Told:
+        """What helped two engines need not help more of them: whether the default settings do as well for the winner.
+
+        Which settings help two is seen within the noise of single starts: without this, profiles of one machine differ
+        in settings that make no difference.
+        """
+        plain = self._share(self._manifest.settings, winner.spec.engines)
+        if tuning.bare(plain) == tuning.bare(self._for(winner.spec.engines)) or self._no_room(
+            winner.spec.engines, plain
+        ):
+            return winner
+        result = yield from self._measured(self._spec(winner.spec.engines, mps=True, base=plain))
+        best = simplest_best([winner, result], self._manifest.settings) or winner
+        if best is result:
+            self._several_from, self._shown_by = self._manifest.settings, winner.spec.engines
+        return best
 
     def _grow(self, single: Tried) -> Generator[TrialSpec, Tried, Tried | None]:
         """2, 3, 4 … engines under MPS until another one adds too little, fails for lack of room, or cannot be placed.

@@ -232,5 +232,6 @@ def _for_one_only(field: Field, choice: Candidate, changes: Sequence[str]) -> st
         why = "it misses the objectives" if gained is None else f"{times(gained)} in later starts"
         return f"; {why}, and so it is not advised"
     tuned, several = (_share(field, base, 2) for base in (outline.tuned, outline.several))
-    measured = "" if tuned == several else "; two were not 3 % faster for it beyond noise"
+    who = "two" if outline.shown_by == 2 else str(outline.shown_by)
+    measured = "" if tuned == several else f"; {who} were not 3 % faster for it beyond noise"
     return f" for one engine{measured}"
