@@ -36,7 +36,10 @@ _OUT_OF_MEMORY = (
     "larger than the available KV cache memory",
 )
 _RESOLVED = {
-    "max_num_batched_tokens": re.compile(r"max_num_batched_tokens=(\d+)"),
+    # vLLM's own default is not logged; but steps are compiled for ranges of tokens, the last of which ends there.
+    "max_num_batched_tokens": re.compile(
+        r"(?:max_num_batched_tokens=|'compile_ranges_endpoints': \[(?:\d+, )*)(\d+)\b"
+    ),
     "max_num_seqs": re.compile(r"'max_num_seqs': (\d+)"),
     "max_model_len": re.compile(r"max_seq_len=(\d+)"),
     "enable_prefix_caching": re.compile(r"\benable_prefix_caching=(True|False)"),

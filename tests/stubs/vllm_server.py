@@ -51,6 +51,7 @@ from pathlib import Path
 
 VERSION = "0.26.0"
 CORE_TITLE = "VLLM::EngineCore"
+DEFAULT_BUDGET = 2048
 LIFETIME_S = 600.0
 BLOCK_TOKENS = 16
 KV_BYTES_PER_TOKEN = 12288  # Qwen2.5-0.5B in bf16, where the model's folder says nothing else
@@ -503,7 +504,9 @@ class Server:
         )
         log("APIServer", "model.py:623", f"Resolved architecture: {config.architecture}")
         log("APIServer", "model.py:1788", f"Using max model len {config.max_model_len}")
-        log("APIServer", "scheduler.py:252", f"Chunked prefill is enabled with max_num_batched_tokens={config.budget}.")
+        if config.budget != DEFAULT_BUDGET:  # which vLLM has said already, to nobody, while it read its arguments
+            told = f"Chunked prefill is enabled with max_num_batched_tokens={config.budget}."
+            log("APIServer", "scheduler.py:252", told)
         scheduling = "enabled" if config.async_scheduling else "disabled"
         log("APIServer", "vllm.py:1109", f"Asynchronous scheduling is {scheduling}.")
         if not await self.start_core():
