@@ -723,10 +723,12 @@ class StepProfile(Record, frozen=True):
 
 
 class Overlap(Record, frozen=True):
-    """How a gain over the tuned engine divides: gain = overlap × host.
+    """How a gain over the tuned engine divides: gain = overlap × host, and host = busy × rest.
 
     `overlap` is what these engines reach together of one engine's rate by the GPU's work alone, their smaller batches
-    included; `host` what their gain under load has beyond that. None: not known.
+    included; `host` what their gain under load has beyond that. Of this, `busy` is measured by itself: how many times
+    as long the GPU was at work under load. `rest` is neither: steps under load that are not the fixed ones. It would be
+    1 if they were. None: not known.
     """
 
     engines: int
@@ -734,6 +736,8 @@ class Overlap(Record, frozen=True):
     thread_percentage: int | None
     overlap: Figure
     host: Figure | None
+    busy: Figure | None
+    rest: Figure | None
     trial: str
 
 

@@ -195,8 +195,15 @@ def _overlapping(one: Overlap) -> str:
         told = f"{begin}: no gain that could be told."
     else:
         told = f"{begin}: smaller batches cost more than overlap brings."
+    if host is None:
+        return told
     # Steps of one sort run on all engines at once: prefill beside decode is not in it.
-    return told if host is None else f"{told} The rest of the gain, the host's with phases that overlap, is {host}."
+    if one.busy is None or one.rest is None:
+        return f"{told} The rest of the gain, the host's with phases that overlap, is {host}."
+    return (
+        f"{told} The rest of the gain is {host}: the GPU is busy {times(one.busy)} as long; {times(one.rest)} is "
+        "neither, for steps under load are not those alone."
+    )
 
 
 def _step(what: str, one: StepProfile) -> str:
