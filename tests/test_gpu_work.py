@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_search import World, by_engines
 
+from advisor import flow
 from advisor.core.candidates import Field
 from advisor.core.contenders import contenders
 from advisor.core.gpu_work import GpuWork, gpu_work
@@ -25,9 +26,11 @@ from advisor.core.specs import fixed_steps
 from advisor.core.tried import judge
 from advisor.core.wording import of_the_gpu
 from advisor.report.terminal import render
+from advisor.shell.replay import Replay
 from advisor.shell.store import RunFolder
 
-STUDIES = Path(__file__).parents[1] / "data" / "studies"
+DATA = Path(__file__).parents[1] / "data"
+STUDIES = DATA / "studies"
 SERVE = Workload(kind="serve", isl=1024, osl=128, concurrency=256)
 
 
@@ -72,6 +75,22 @@ def test_the_gain_is_overlap_times_host():
     assert math.log(host.high / host.low) >= math.log(told.gain_vs_tuned.high / told.gain_vs_tuned.low) * 0.99
     without, under = report.profile.overlaps
     assert (without.mps, under.mps) == (False, True) and report.profile.overlap == under.overlap
+
+
+def test_how_much_busier_the_gpu_is_is_told_only_where_it_was_measured():
+    def told(idle):
+        world = World(by_engines(1000, 1500, mps=1.3), noise=0.002)
+        world.alone, world.idle_of = alone(0.8), lambda spec: idle if spec.engines == 1 else 2.0
+        report = world.profile()
+        return report.profile.overlaps[-1], " ".join(report.recommendation.because)
+
+    one, text = told(idle=51.0)
+    assert one.busy.value == pytest.approx(98 / 49) and one.overlap.value == pytest.approx(0.8, rel=1e-3)
+    assert one.rest.value == pytest.approx(1500 * 1.3 / 1000 / 0.8 / 2, rel=0.01)
+    assert "the GPU is busy 2.00×" in text
+    one, text = told(idle=None)
+    assert (one.busy, one.rest) == (None, None) and one.host is not None
+    assert "The rest of the gain, the host's with phases that overlap, is 2.44×" in text
 
 
 def test_opposite_profiles_give_opposite_reasons():
@@ -125,7 +144,7 @@ def of_the_recorded_run() -> GpuWork:
     loads = RunFolder(STUDIES / "h200-qwen2.5-0.5b-serve-1024-call-1")
     judged = [judge(raw) for raw in loads.trials() if raw.spec.kind == "load"]
     tuned = next(one.spec.settings for one in judged if one.spec.settings.api_server_count == 2)
-    outline = Outline(concurrency=256, tuned=tuned, several=tuned, left_out=[])
+    outline = Outline(concurrency=256, tuned=tuned, several=tuned, shown_by=2, left_out=[])
     steps = [judge(raw) for raw in RunFolder(STUDIES / "h200-qwen2.5-0.5b-steps-1024").trials()]
     return gpu_work(Field(loads.manifest(), outline, contenders(judged, 256, {})), steps, "tokens/s")
 
@@ -140,6 +159,24 @@ def test_on_an_h200_four_small_engines_lose_on_the_gpu_and_the_host_makes_up_for
     assert found.prefill.kernels["mlp"].of_roofline.value == pytest.approx(88.6, abs=1)
     for step in (found.decode, found.prefill):
         assert sum(part.share.value for part in step.kernels.values()) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("model", "rest"), [("0.5b", 0.95), ("3b", 1.04)])
+def test_on_an_h200_overlap_and_a_busier_gpu_nearly_make_the_gain(model, rest):
+    run = RunFolder(DATA / f"h200-qwen2.5-{model}-serve-1024-call-2")
+    report = flow.profile(run.manifest(), Replay(run), created="", replayed=True)
+    without, under = report.profile.overlaps
+    assert (without.mps, under.mps) == (False, True)
+    for one in (without, under):
+        assert one.rest.value == pytest.approx(rest, abs=0.01) and one.rest.low > 0.92 and one.rest.high < 1.08
+        assert one.busy.value * one.rest.value == pytest.approx(one.host.value, rel=1e-6)
+        assert one.busy.low > 1.0  # several leave the GPU less time to wait
+    told = " ".join(report.recommendation.because)
+    assert f"{rest:.2f}× (" in told and "is neither, for steps under load are not those alone" in told
+    gained = next(one for one in report.candidates if (one.engines, one.mps, one.starts) == (under.engines, True, 4))
+    assert under.overlap.value * under.busy.value * under.rest.value == pytest.approx(
+        gained.gain_vs_tuned.value, rel=1e-6
+    )
 
 
 def test_the_screen_shows_where_the_time_of_a_step_goes_in_80_columns():
