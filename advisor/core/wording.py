@@ -166,9 +166,8 @@ def _why(single: Candidate) -> list[str]:
     if idle is None:
         return []
     if idle < GPU_BUSY_IDLE_PCT:
-        return [
-            f"One engine leaves the GPU idle for {idle:.0f} % only: others can fill that, and gain what kernels overlap."
-        ]
+        told = f"One engine leaves the GPU idle for {idle:.0f} % only"
+        return [f"{told}: others can fill that, and gain what kernels overlap."]
     if stall is None or stall < 1:
         return [f"One engine leaves the GPU idle for {idle:.0f} %, which others may fill, with or without MPS."]
     return [

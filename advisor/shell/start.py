@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import time
@@ -32,6 +33,8 @@ FIXED_PROMPTS, FIXED_PROMPT_TOKENS, FIXED_PROMPT_SEED = 4, 96, 20250
 IDLE_TIMEOUT_S = 30.0
 # GPU memory that may stay in use after a trial: driver bookkeeping, not ours.
 MEMORY_SLACK_BYTES = 300 << 20
+# A socket's path has 107 bytes; vLLM names one by a slash and a UUID.
+_SOCKETS, _SOCKETS_PATH_MAX = "VLLM_RPC_BASE_PATH", 107 - 37
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Start:
                         **serve_environment(self._settings),
                         **inside,
                         **(self._warm.environment if self._warm else {}),
+                        **self._sockets(),
                         "CUDA_VISIBLE_DEVICES": self._uuid,
                         "MPS_ADVISOR_ENGINE": str(index),
                     }
@@ -139,6 +143,14 @@ class Start:
             )
             for index, cores in enumerate(self.spec.engine_cores)
         ]
+
+    def _sockets(self) -> dict[str, str]:
+        """Where vLLM makes its sockets: it leaves them there, and here they go with the rest. Not where the path of one
+        would be too long, nor where the user has said where.
+        """
+        if _SOCKETS in os.environ or len(str(self.directory)) > _SOCKETS_PATH_MAX:
+            return {}
+        return {_SOCKETS: str(self.directory)}
 
     # -- between windows
 

@@ -44,7 +44,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 import zlib
 from collections import deque
 from pathlib import Path
@@ -491,6 +493,8 @@ class Server:
 
     async def serve(self):
         config = self.config
+        # One of the sockets that vLLM leaves behind.
+        Path(os.environ.get("VLLM_RPC_BASE_PATH", tempfile.gettempdir()), str(uuid.uuid4())).touch()
         port = f"http://{config.host}:{config.port}"
         log("APIServer", "api_utils.py:345", f" █▄█▀ █     █     █     █  model   {config.model}")
         log(
