@@ -225,8 +225,35 @@ def test_a_setting_that_helps_two_engines_but_not_as_many_as_win_is_not_advised(
     # What follows is tried with what is advised.
     later = [spec for spec in world.asked if spec.engines == 4 and spec.settings.max_num_batched_tokens < 8192]
     assert later and {spec.settings.api_server_count for spec in later} == {1}
-    older = World(rate).profile(protocol=msgspec.structs.replace(FULL, plain_rival=False)).recommendation
+    older = World(rate).profile(protocol=msgspec.structs.replace(FULL, other_settings=False)).recommendation
     assert older.settings.api_server_count == 2
+
+
+def test_a_setting_that_is_first_seen_to_help_without_mps_is_tried_under_it_as_well():
+    def rate(spec):
+        helped = {1: 1.2, 2: 1.01}.get(spec.engines, 1.15)
+        return by_engines(1000, 1600, 1900, 2200, mps=1.2)(spec) * (
+            helped if spec.settings.api_server_count == 2 else 1.0
+        )
+
+    advice = World(rate).profile().recommendation
+    assert (advice.engines, advice.mps, advice.settings.api_server_count) == (4, True, 2)
+    assert advice.gain_vs_best_without_mps.value == pytest.approx(1.2)
+    older = World(rate).profile(protocol=msgspec.structs.replace(FULL, other_settings=False)).recommendation
+    assert not older.mps
+
+
+def test_settings_by_which_alone_the_winner_keeps_to_the_objectives_are_kept():
+    def itl_ms(spec):
+        return 20.0 if spec.settings.api_server_count == 2 else 40.0
+
+    def rate(spec):
+        divided = 1.15 if spec.settings.max_num_batched_tokens < 8192 else 1.0
+        helped = 1.2 if spec.settings.api_server_count == 2 and spec.engines == 1 else 1.0
+        return by_engines(1000, 1600, 1900, 2200, mps=1.2)(spec) * helped * divided
+
+    advice = World(rate, itl_ms=itl_ms).profile(slo={"itl_p95": 30.0}).recommendation
+    assert (advice.engines, advice.settings.api_server_count, advice.settings.max_num_batched_tokens) == (4, 2, 2048)
 
 
 def test_a_setting_that_may_have_helped_by_chance_is_not_kept():

@@ -129,12 +129,12 @@ def _trials(
         for engines in range(3, most + 1):
             yield load(engines, f"only if engine {engines - 1} added 3 % or more", mps=True)
         winner = 2 if most == 2 else None
-        if protocol.plain_rival and winner is None:
-            yield load(None, "the winning number with default settings, if it has others", mps=True)
         if winner is None:
             yield load(None, "the winning number without MPS, if it is not 2", mps=False)
         if protocol.tune:
             yield load(winner, "the same with the settings that were not chosen, if there are two", mps=False)
+            if protocol.other_settings and winner is None:
+                yield load(None, "the winner with the settings that it does not have, tuned or default", mps=True)
         if protocol.equal_budget:
             yield load(winner, "one engine's token budget divided among them", mps=False, certain=True)
             yield load(winner, "the same under MPS", mps=True, certain=True)

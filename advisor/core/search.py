@@ -178,8 +178,6 @@ class Search:
         if winner is None:
             return
         engines = winner.spec.engines
-        if self._protocol.plain_rival and tuned:
-            winner = yield from self._against_plain(winner)
         yield from self._measured(self._spec(engines, mps=False))
         if tuned:
             # What was chosen under MPS need not be the best without it, and that is what MPS is compared with.
@@ -187,6 +185,8 @@ class Search:
                 share = self._share(base, engines)
                 if not self._no_room(engines, share):
                     yield from self._measured(self._spec(engines, mps=False, base=share))
+            if self._protocol.other_settings:
+                winner = yield from self._with_other_settings(winner)
         if self._protocol.equal_budget and (shared := tuning.shared_budget(self._for(engines), engines)):
             yield from self._measured(self._spec(engines, mps=False, base=shared))
             divided = yield from self._measured(self._spec(engines, mps=True, base=shared))
@@ -201,22 +201,33 @@ class Search:
         if tuned.ok and (not plain.ok or self._is_better(tuned, plain)):
             self._several_from = self._tuned
 
-    def _against_plain(self, winner: Tried) -> Told:
-        """What helped two engines need not help more of them: whether the default settings do as well for the winner.
+    def _with_other_settings(self, winner: Tried) -> Told:
+        """Whether the winner does better with the settings that it does not have: tuned or default ones.
 
-        Which settings help two is seen within the noise of single starts: without this, profiles of one machine differ
-        in settings that make no difference.
+        What helps two engines need not help more of them, and which help two is seen within the noise of single starts:
+        without this, profiles of one machine differ in settings that make no difference. Tuned settings that are first
+        seen to help without MPS have to be tried under it as well.
         """
-        plain = self._share(self._manifest.settings, winner.spec.engines)
-        if tuning.bare(plain) == tuning.bare(self._for(winner.spec.engines)) or self._no_room(
-            winner.spec.engines, plain
-        ):
+        engines, default = winner.spec.engines, self._manifest.settings
+        plain, tuned = (self._share(base, engines) for base in (default, self._tuned))
+        if engines == 2:  # seen just now
             return winner
-        result = yield from self._measured(self._spec(winner.spec.engines, mps=True, base=plain))
-        best = simplest_best([winner, result], self._manifest.settings) or winner
-        if best is result:
-            self._several_from, self._shown_by = self._manifest.settings, winner.spec.engines
-        return best
+        if self._several_from != default:
+            if self._no_room(engines, plain):
+                return winner
+            result = yield from self._measured(self._spec(engines, mps=True, base=plain))
+            if not result.ok or self._is_better(winner, result):
+                return winner
+            self._several_from, self._shown_by = default, engines
+            return result
+        without, usual = (self._results.get(key(self._spec(engines, mps=False, base=base))) for base in (tuned, plain))
+        if without is None or usual is None or not self._is_better(without, usual):
+            return winner
+        result = yield from self._measured(self._spec(engines, mps=True, base=tuned))
+        if not self._is_better(result, winner):
+            return winner
+        self._several_from = self._tuned
+        return result
 
     def _grow(self, single: Tried) -> Generator[TrialSpec, Tried, Tried | None]:
         """2, 3, 4 … engines under MPS until another one adds too little, fails for lack of room, or cannot be placed.
