@@ -168,7 +168,7 @@ def test_on_an_h200_overlap_and_a_busier_gpu_nearly_make_the_gain(model, rest):
     without, under = report.profile.overlaps
     assert (without.mps, under.mps) == (False, True)
     for one in (without, under):
-        assert one.rest.value == pytest.approx(rest, abs=0.01) and one.rest.low > 0.92 and one.rest.high < 1.08
+        assert one.rest.value == pytest.approx(rest, abs=0.01) and one.rest.low > 0.88 and one.rest.high < 1.08
         assert one.busy.value * one.rest.value == pytest.approx(one.host.value, rel=1e-6)
         assert one.busy.low > 1.0  # several leave the GPU less time to wait
     told = " ".join(report.recommendation.because)

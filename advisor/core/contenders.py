@@ -93,7 +93,7 @@ class _Between(NamedTuple):
     variance: Variance
 
 
-def _kind(spec: TrialSpec) -> str:
+def kind_of(spec: TrialSpec) -> str:
     """What starts differ by depends on whether the GPU or the host sets the pace (docs/measurement.md), which is not
     known beforehand; but engines that take turns on the GPU, engines that share it and one engine alone are more alike
     among themselves.
@@ -108,7 +108,7 @@ def _between(candidates: Sequence[Sequence[Tried]]) -> dict[str, _Between]:
     kinds: dict[str, list[Sequence[Tried]]] = {}
     for starts in candidates:
         if starts:
-            kinds.setdefault(_kind(starts[0].spec), []).append(starts)
+            kinds.setdefault(kind_of(starts[0].spec), []).append(starts)
     everyone = _Between(ALL, spread([_measurements(starts) for starts in candidates]))
     found = {ALL: everyone}
     for kind, members in kinds.items():
@@ -132,7 +132,7 @@ def _contender(
 
     measured = {load: group for load, group in at_load.items() if group}
     quoted = {load: _quoted(group) for load, group in measured.items()}
-    mine = between.get(_kind(attempts[0].spec), between[ALL])
+    mine = between.get(kind_of(attempts[0].spec), between[ALL])
     known = {
         load: estimate(_measurements(group), *_at(load == concurrency, mine, between[ALL]))
         for load, group in quoted.items()

@@ -7,18 +7,16 @@ from typing import NamedTuple
 
 import msgspec
 
+from advisor.core.busy import busy
 from advisor.core.candidates import Field
 from advisor.core.contenders import Contender
 from advisor.core.estimate import log_gain
-from advisor.core.intervals import LogMean, figure_of, log_ratio, mean_of_logs
+from advisor.core.intervals import LogMean, figure_of, log_ratio
 from advisor.core.overlap import rate_alone, step_rate
 from advisor.core.records import EngineSettings, Figure, KernelPart, Overlap, Source, Step, StepProfile, Workload
 from advisor.core.saturation import saturation
 from advisor.core.tried import Tried, slug
 from advisor.core.tuning import bare
-
-# Of each of two candidates, so that an interval of what they differ by can be told.
-FEWEST_STARTS = 2
 
 
 class GpuWork(NamedTuple):
@@ -52,52 +50,39 @@ def _overlap(field: Field, several: Tried, alone: LogMean, workload: Workload) -
     shared = log_ratio(together, alone)
     spec = several.spec
     base, loaded = field.tuned or field.default, _under_load(field, several)
-    host = busy = rest = None
+    host = longer = rest = None
     if base is not None and loaded is not None and base.estimate is not None and loaded.estimate is not None:
         host = figure_of(log_ratio(log_gain(loaded.estimate, base.estimate), shared), "×")
-        busy, rest = _busy(loaded, base, shared)
+        now, before = (busy(one, field.all) for one in (loaded, base))
+        if now is not None and before is not None:
+            longer = figure_of(log_ratio(now.share, before.share), "×")
+            rest = figure_of(log_ratio(log_ratio(now.gives, before.gives), shared), "×")
     return Overlap(
         engines=spec.engines,
         mps=spec.mps,
         thread_percentage=spec.thread_percentage,
         overlap=figure_of(shared, "×"),
         host=host,
-        busy=busy,
+        busy=longer,
         rest=rest,
         trial=slug(spec),
     )
 
 
 def _under_load(field: Field, several: Tried) -> Contender | None:
-    """These engines under load; of several with other front ends the one that was started most often."""
+    """These engines under the load that the steps are of; of several with other front ends the one that was started
+    most often.
+    """
     spec = several.spec
     found = [
         one
         for one in field.all
         if (one.engines, one.mps, one.percentage) == (spec.engines, spec.mps, spec.thread_percentage)
         and one.estimate is not None
+        and one.quoted[:1] == [one.shown]
         and _same_back_end(one, spec.settings)
     ]
     return max(found, key=lambda one: len(one.starts), default=None)
-
-
-def _busy(one: Contender, base: Contender, shared: LogMean) -> tuple[Figure | None, Figure | None]:
-    """How many times as long the GPU is busy, and what it gives more in a busy second than by fixed steps alone.
-
-    Both hold their interval from how starts differ; what a start gives in a busy second differs far less than what it
-    gives in a second, as the GPU does not care whom it waits for. Not known at a smaller load than the steps are of.
-    """
-    if any(other.shown is not other.quoted[0] for other in (one, base)):
-        return None, None
-    busy, gives = [], []
-    for other in (one, base):
-        seen = [start.measurement for start in other.quoted if start.measurement is not None]
-        known = [(1 - m.gpu_idle_pct / 100, m.throughput_tok_per_s.value) for m in seen if m.gpu_idle_pct is not None]
-        if len(known) < len(seen) or len(known) < FEWEST_STARTS or min(share for share, _ in known) <= 0:
-            return None, None
-        busy.append(mean_of_logs([share for share, _ in known]))
-        gives.append(mean_of_logs([rate / share for share, rate in known]))
-    return figure_of(log_ratio(*busy), "×"), figure_of(log_ratio(log_ratio(*gives), shared), "×")
 
 
 def _same_back_end(one: Contender, settings: EngineSettings | None) -> bool:

@@ -167,7 +167,7 @@ def _why(single: Candidate) -> list[str]:
         return []
     if idle < GPU_BUSY_IDLE_PCT:
         told = f"One engine leaves the GPU idle for {idle:.0f} % only"
-        return [f"{told}: others can fill that, and gain what kernels overlap."]
+        return [f"{told}: others can fill that, and gain or lose by sharing it."]
     if stall is None or stall < 1:
         return [f"One engine leaves the GPU idle for {idle:.0f} %, which others may fill, with or without MPS."]
     return [

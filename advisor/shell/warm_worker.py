@@ -103,7 +103,7 @@ class _Forking:
 
 def count_together() -> None:
     """What several API servers count is added up through files. Whether it is, this library asks when it is imported,
-    and that was before vLLM wanted it.
+    and that was before vLLM wanted it. What vLLM counts on requests it makes after this; not so realtime transcription.
     """
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ and (values := sys.modules.get("prometheus_client.values")) is not None:
         values.ValueClass = values.get_value_class()  # type: ignore[attr-defined]
