@@ -155,8 +155,9 @@ def _trials(
             yield load(None, f"the best without MPS {again}{also}", mps=False, certain=True, more_s=curve_s)
             yield load(None, f"the best under MPS {again}{also}", mps=True, certain=True, more_s=curve_s)
         yield load(1, f"the default engine {again}: does the machine drift", mps=False, certain=True)
+        more = "another start of what is known too roughly, or may have been unlucky, with MPS or without"
         for _ in range(protocol.more_starts):
-            yield load(None, "another start of what is known too roughly, with MPS or without", mps=False)
+            yield load(None, more, mps=False)
     if protocol.gpu_alone and most >= 2:
         span_s = _sum(LATER_START_S, STEPS_S, TEARDOWN_S)
         yield _planned("steps", 1, False, None, "the tuned engine's GPU work alone: where its time goes", True, span_s)

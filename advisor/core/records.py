@@ -163,6 +163,7 @@ class Protocol(Record, frozen=True):
     gpu_alone: bool = False  # measure fixed steps on the GPU alone, of the tuned engine and of the best several
     starts: int = 1  # of the default engine, of the tuned one, of the best without MPS and of the best under MPS
     other_settings: bool = False  # compare tuned and default settings also at the number of engines that won
+    runner_up: bool = False  # start also what single starts may hide to be better than the best several
     equal_budget: bool = False  # try the winner also with the single engine's token budget divided among its engines
     curve: list[float] = []  # shares of the concurrency at which the finalists are measured too
     curve_min_s: float = 8.0  # shortest window of such a point
@@ -181,6 +182,7 @@ FULL = Protocol(
     gpu_alone=True,
     starts=2,
     other_settings=True,
+    runner_up=True,
     equal_budget=True,
     curve=[0.25, 0.5],
     # Where starts differ by more than a window's blocks say, another start tells more than a longer window.

@@ -23,6 +23,8 @@ from advisor.core.tried import Tried, candidate, first_key, key
 
 # Another engine, or another setting, has to add this much to be worth it.
 WORTH_IT = 1.03
+# By so much two starts of one candidate may differ: where the GPU is busy, and where it waits (docs/measurement.md).
+APART_BUSY, APART_WAITING, BUSY_IDLE_PCT = 1.01, 1.07, 1.0
 # Where the protocol does not say how well a rate has to be known.
 ENOUGH = 0.05
 # Another doubling of the load has to add this much (`--concurrency auto`).
@@ -52,6 +54,7 @@ class Search:
         self._left_out: list[LeftOut] = []
         self._results: dict[str, Tried] = {}  # by trial
         self._finalists: list[Tried] = []  # first starts of the best several, with MPS and without
+        self._runners_up: dict[str, Tried] = {}  # those that may be better, by the name of the finalist
         self._several_tried: list[Tried] = []  # first starts of several engines at full load
         self._tried: list[Tried] = []
 
@@ -310,6 +313,9 @@ class Search:
             for found in (family, keeping):
                 if best := simplest_best(found, self._manifest.settings):
                     several[candidate(best.spec)] = best
+                    # Not of what MPS is compared with: the better one of two by what is quoted would be a lucky one.
+                    if mps and self._protocol.runner_up and (other := runner_up(found, best)):
+                        self._runners_up[candidate(best.spec)] = other
         self._finalists = list(several.values())
         single = self._single or default
         rivals = [one.rate for one in several.values() if not one.spec.mps]
@@ -317,9 +323,13 @@ class Search:
         near = bool(objectives) or single.rate * WORTH_IT >= max(rivals, default=0.0)
         for name, one in {candidate(single.spec): single, **several, candidate(default.spec): default}.items():
             if one.ok and name != candidate(default.spec):
-                yield from self._once_more(one, curve=name in several or near)
+                last = yield from self._once_more(one, curve_from=0.0 if name in several or near else math.inf)
+                if (other := self._runners_up.get(name)) and candidate(other.spec) not in several:
+                    # Its smaller loads are of interest if it is better this time, or where they may decide.
+                    yield from self._once_more(other, curve_from=0.0 if objectives or not last.ok else last.rate)
         if default.ok:
-            yield from self._once_more(default, curve=near and candidate(single.spec) == candidate(default.spec))
+            curve = near and candidate(single.spec) == candidate(default.spec)
+            yield from self._once_more(default, curve_from=0.0 if curve else math.inf)
 
     def _until_sure(self) -> Chapter:
         """Where two candidates are known too roughly, start the rougher one again, as often as should make it known.
@@ -327,7 +337,7 @@ class Search:
         How often is decided beforehand, as in two-stage sampling (Stein 1945): to look after every start, and to stop
         as soon as there is a verdict, would favour lucky starts.
         """
-        left = self._protocol.more_starts
+        left = self._protocol.more_starts - len(self._runners_up)
         while left > 0:
             found = unsure(self._manifest, self._tried, self._outline())
             planned = (self._planned(group) for group in found.groups)
@@ -362,13 +372,25 @@ class Search:
         """Fixed steps of the tuned engine and of the best several: why they gain. No verdict waits for it."""
         if not self._protocol.gpu_alone or not self._finalists:
             return
-        wanted = [self._spec(1, mps=False), *(one.spec for one in self._finalists)]
+        wanted = [self._spec(1, mps=False), *(self._better(one).spec for one in self._finalists)]
         # Not `yield from`: what is sent has no one to go to.
         for one in {key(spec): spec for spec in map(specs.steps_spec, wanted)}.values():  # noqa: UP028
             yield one
 
-    def _once_more(self, one: Tried, *, curve: bool) -> Chapter:
-        """Further starts of a candidate; the last one of a finalist also at smaller loads."""
+    def _better(self, finalist: Tried) -> Tried:
+        """A finalist, or its runner-up if later starts say that this is the better one."""
+        other = self._runners_up.get(candidate(finalist.spec))
+        if other is None or self._later_rate(other) < WORTH_IT * self._later_rate(finalist):
+            return finalist
+        return other
+
+    def _later_rate(self, one: Tried) -> float:
+        starts = [again for again in self._tried if again.ok and first_key(again.spec) == first_key(one.spec)]
+        later = [again.rate for again in starts if again.spec.repeat]
+        return math.fsum(later) / len(later) if later else 0.0
+
+    def _once_more(self, one: Tried, *, curve_from: float) -> Told:
+        """Further starts of a candidate; the last one of a finalist also at smaller loads, if it reaches that rate."""
         # It may have been started again before, when another load was looked for.
         again = [other for other in self._tried if first_key(other.spec) == first_key(one.spec)]
         last = max([one, *again], key=lambda other: other.spec.repeat)
@@ -376,9 +398,9 @@ class Search:
             spec = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
             last = yield from self._measured(spec)
             if not last.ok:
-                return  # what does not start again is not advised, whatever its curve
-        if not curve:
-            return
+                return last  # what does not start again is not advised, whatever its curve
+        if last.rate < curve_from:
+            return last
         points = {self._concurrency: last}
         for share in sorted(self._protocol.curve, reverse=True):
             yield from self._at_smaller(last, round(share * self._concurrency), points)
@@ -387,8 +409,9 @@ class Search:
             keeping = [load for load, point in points.items() if self._keeps(point)]
             missing = [load for load, point in points.items() if load > max(keeping, default=0) and point.ok]
             if not keeping or not missing:
-                return
+                break
             yield from self._at_smaller(last, (max(keeping) + min(missing)) // 2, points)
+        return last
 
     def _at_smaller(self, last: Tried, load: int, points: dict[int, Tried]) -> Chapter:
         load = max(last.spec.engines, load)
@@ -474,6 +497,25 @@ class Search:
                 settings=base,
             )
         )
+
+
+def runner_up(tried: Sequence[Tried], best: Tried) -> Tried | None:
+    """The fastest other one, if single starts may hide that it is 3 % faster than `best`; None where none may be.
+
+    What keeps the GPU busy repeats to 1 %; starts of what leaves it waiting were up to 10 % apart.
+    """
+
+    def busy(one: Tried) -> bool:
+        idle = one.measurement.gpu_idle_pct if one.measurement else None
+        return idle is not None and idle <= BUSY_IDLE_PCT
+
+    def may(one: Tried) -> bool:
+        apart = APART_BUSY if busy(one) and busy(best) else APART_WAITING
+        return one.rate * apart >= WORTH_IT * best.rate
+
+    return max(
+        (one for one in tried if one.ok and one is not best and may(one)), key=lambda one: one.rate, default=None
+    )
 
 
 def _ordinal(number: int) -> str:

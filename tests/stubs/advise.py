@@ -22,7 +22,7 @@ def protocol() -> Protocol:
     full = {}
     if "ADVISE_FULL" in os.environ:
         full = {"tune": True, "starts": 2, "equal_budget": True, "curve": [0.25, 0.5], "precision": 0.01}
-        full |= {"gpu_alone": True, "confirm": True}
+        full |= {"gpu_alone": True, "confirm": True, "other_settings": True, "runner_up": True}
         # Stand-ins for API servers use little CPU, and would not be taken for the limit.
         advisor.core.tuning.API_CALM_FULLNESS = 0.0
     return Protocol(
