@@ -27,19 +27,21 @@ ENGINES = 2
 NOT_TAKEN_APART = ("OlmoForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM")
 
 
-def live(asked: profiling.Asked, contexts: Sequence[int], loads: Sequence[int], console: Console) -> AblationReport:
+def live(
+    asked: profiling.Asked, contexts: Sequence[int], loads: Sequence[int], console: Console, *, parts: bool = True
+) -> AblationReport:
     """Take the model apart on this machine. `asked.ctx` is the longest of the contexts, which memory is planned for;
-    asynchronous scheduling is turned off and on at the `loads`.
+    asynchronous scheduling is turned off and on at the `loads`, and without `parts` that is all.
     """
 
     def complete(manifest: Manifest) -> Manifest:
-        if manifest.model.architecture in NOT_TAKEN_APART:
+        if parts and manifest.model.architecture in NOT_TAKEN_APART:
             raise Unfit(
                 f"{manifest.model.architecture} cannot be taken apart: vLLM runs it by the code of another library; "
                 "choose a model of another architecture"
             )
         batch = largest_batch(manifest, contexts, ENGINES)
-        ablation = Ablation(contexts=list(contexts), batch=batch, engines=ENGINES, loads=list(loads))
+        ablation = Ablation(contexts=list(contexts), batch=batch, engines=ENGINES, loads=list(loads), parts=parts)
         return msgspec.structs.replace(asking(manifest, batch), ablation=ablation)
 
     with profiling.bench(asked, console, complete) as (manifest, runner, progress, folder):

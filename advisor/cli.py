@@ -217,6 +217,9 @@ def ablate(
             metavar="N[,N…]",
         ),
     ] = None,
+    parts: Annotated[
+        bool, typer.Option("--parts/--no-parts", help="Take the model apart, or only turn scheduling off and on.")
+    ] = True,
     osl: Annotated[int, typer.Option(min=1, help="Output length in tokens under load.")] = 128,
     dtype: DtypeOption = "auto",
     gpu: GpuOption = None,
@@ -237,6 +240,8 @@ def ablate(
 
     contexts = None if ctx is None else _numbers(ctx, "--ctx", 2)
     loads = [] if async_scheduling is None else _numbers(async_scheduling, "--async-scheduling", 1)
+    if not parts and not loads:
+        raise BadQuestion("--no-parts leaves nothing to measure; say the loads, for example --async-scheduling 64,256")
     if replay is not None:
         profiling.refuse_measuring(resume, out, gpu)
         report = ablating.replayed(model, contexts, replay, lambda text: typer.echo(text, err=True))
@@ -262,7 +267,7 @@ def ablate(
             resume=resume,
             vllm=vllm,
         )
-        report = ablating.live(asked, contexts, loads, _stderr())
+        report = ablating.live(asked, contexts, loads, _stderr(), parts=parts)
     if format is Format.json:
         from advisor.report.as_json import dumps
 
@@ -271,7 +276,9 @@ def ablate(
         from advisor.report.ablation import render
 
         render(report, _stdout())
-    raise typer.Exit(0 if any(one.expected_over_whole is not None for one in report.steps) else 4)
+    taken_apart = any(one.expected_over_whole is not None for one in report.steps)
+    turned = not report.ablation.parts and any(one.gain is not None for one in report.scheduling)
+    raise typer.Exit(0 if taken_apart or turned else 4)
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:

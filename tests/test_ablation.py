@@ -286,7 +286,7 @@ def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
     live = ablate(bench, *asked, "--out", "run", "--format", "json")
     assert live.returncode == 0, live.stderr
     report = json.loads(live.stdout)
-    assert report["ablation"] == {"contexts": [64], "batch": 1024, "engines": 2, "loads": []}
+    assert report["ablation"] == {"contexts": [64], "batch": 1024, "engines": 2, "loads": [], "parts": True}
     decode, prefill = report["steps"]
     assert (decode["kind"], prefill["kind"]) == ("decode", "prefill")
     for part, share in (("attention_only", 0.7), ("mlp_only", 0.4)):
@@ -320,11 +320,13 @@ def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
     assert ablate(bench, "--replay", "run").returncode == 4
 
 
-def test_asynchronous_scheduling_is_turned_off_and_on_under_load(bench):
+@pytest.mark.parametrize("parts", [True, False])
+def test_asynchronous_scheduling_is_turned_off_and_on_under_load(bench, parts):
     slow = [{"tokens_per_s": 1000, "steps": {"ms_per_token": 0.02}}]
     bench.engine_faults({"all": slow})
     asked = ("--model", str(bench.tiny), "--ctx", "64", "--osl", "16", "--vllm", " ".join(bench.vllm))
-    live = ablate(bench, *asked, "--async-scheduling", "4,8", "--out", "run", "--format", "json")
+    live = ablate(bench, *asked, "--async-scheduling", "4,8", "--out", "run", "--format", "json",
+                  *([] if parts else ["--no-parts"]))  # fmt: skip
     assert live.returncode == 0, live.stderr
     report = json.loads(live.stdout)
     rows = [(one["concurrency"], one["engines"], one["mps"], one["async_scheduling"]) for one in report["scheduling"]]
@@ -340,8 +342,16 @@ def test_asynchronous_scheduling_is_turned_off_and_on_under_load(bench):
     manifest = json.loads((bench.directory / "run" / "manifest.json").read_text())
     assert manifest["ablation"]["loads"] == [4, 8]
     shown = ablate(bench, "--replay", "run")
-    assert "Asynchronous scheduling off and on, under load:" in shown.stdout
+    assert shown.returncode == 0 and "Asynchronous scheduling off and on, under load:" in shown.stdout
     assert max(map(len, shown.stdout.splitlines()[2:])) <= 80
+    assert bool(report["steps"]) == parts == ("taken apart" in shown.stdout)
+    if not parts:
+        told = "At 8 requests in flight asynchronous scheduling alone brings one engine"
+        assert report["sentence"].startswith(told) and "without it, 2 engines under MPS bring" in report["sentence"]
+
+
+def test_an_ablation_of_nothing_is_a_malformed_question(bench):
+    assert_refused(ablate(bench, "--model", str(bench.tiny), "--ctx", "64", "--no-parts"), 2, "--async-scheduling")
 
 
 @pytest.mark.parametrize("ctx", ["", "1", "x", "128,", "128:256", "-5"])

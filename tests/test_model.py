@@ -33,6 +33,8 @@ PUBLISHED = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    # 4,300,079,472 less the vision tower (SigLIP So400m at 896 pixels, 416,866,032) and its projector (2,950,272)
+    "google/gemma-3-4b-pt": 3_880_263_168,
 }
 
 

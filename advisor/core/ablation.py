@@ -38,6 +38,7 @@ BATCHES = (1024, 512, 256)
 # The whole model first: a failure there is about the machine, not about a part.
 VARIANTS: tuple[Part | None, ...] = (None, "mlp", "attention", "both")
 STEP_S = 2.0
+NOTHING = "Nothing could be compared: see the warnings."
 
 Kind = Literal["decode", "prefill"]
 KINDS: tuple[Kind, ...] = ("decode", "prefill")
@@ -75,7 +76,7 @@ def trials(manifest: Manifest) -> list[TrialSpec]:
         raise ValueError("only a run of `ablate` takes a model apart")
     base = _settings(manifest, asked.batch)
     found = []
-    for without in VARIANTS:
+    for without in VARIANTS if asked.parts else ():
         for engines, mps in ((1, False), (asked.engines, True)):
             one = specs.load_spec(manifest, engines, mps=mps, base=base)
             found.append(
@@ -144,8 +145,9 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
     for spec in trials(manifest):
         found[spec.without].append(known.get(key(spec)))
     base = _settings(manifest, asked.batch)
+    scheduled = scheduling.scheduled(manifest, tried)
     steps = []
-    for context in asked.contexts:
+    for context in asked.contexts if asked.parts else ():
         for kind in KINDS:
             seen = {part: _seen(asked, one, several, kind, context, base) for part, (one, several) in found.items()}
             steps.append(_step(asked, kind, context, seen))
@@ -165,9 +167,9 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
         settings=base,
         ablation=asked,
         steps=steps,
-        scheduling=scheduling.scheduled(manifest, tried),
+        scheduling=scheduled,
         warnings=failed,
-        sentence=_sentence(asked, steps),
+        sentence=_sentence(asked, steps) if asked.parts else scheduling.sentence(scheduled) or NOTHING,
     )
 
 
@@ -259,4 +261,4 @@ def _sentence(asked: Ablation, steps: Sequence[AblatedStep]) -> str:
                 f"By the GPU's work alone {asked.engines} engines under MPS reach {told[0]} of one engine in "
                 f"{one.kind} at context {one.context:,}; with attention only {told[1]}, with MLPs only {told[2]}."
             )
-    return "Nothing could be compared: see the warnings."
+    return NOTHING

@@ -530,13 +530,14 @@ class Ablation(Record, frozen=True):
     """What `ablate` asks: these contexts, so many sequences that decode in all, one engine against `engines`.
 
     `loads` are the requests in flight at which asynchronous scheduling is turned off and on, under load; empty: it is
-    not.
+    not. Without `parts` that is all.
     """
 
     contexts: list[int]
     batch: int
     engines: int = 2
     loads: list[int] = []
+    parts: bool = True
 
 
 class Manifest(Record, frozen=True):

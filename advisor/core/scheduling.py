@@ -11,6 +11,7 @@ from advisor.core.estimate import ratio_of_windows
 from advisor.core.records import Manifest, Scheduled, TrialSpec
 from advisor.core.stall import cpu_stall_pct
 from advisor.core.tried import Tried, key, slug
+from advisor.core.wording import times
 
 
 def trials(manifest: Manifest) -> list[TrialSpec]:
@@ -41,6 +42,22 @@ def scheduled(manifest: Manifest, tried: Sequence[Tried]) -> list[Scheduled]:
     wanted = trials(manifest)
     found = [_told(spec, known.get(key(spec)), known, wanted) for spec in wanted]
     return sorted(found, key=lambda one: (one.concurrency, one.engines, one.async_scheduling))
+
+
+def sentence(found: Sequence[Scheduled]) -> str:
+    """What asynchronous scheduling alone and several engines without it bring, at the largest load at which both are
+    known; empty where they are not.
+    """
+    for load in sorted({one.concurrency for one in found}, reverse=True):
+        here = [one for one in found if one.concurrency == load and one.gain is not None]
+        alone = next((one for one in here if one.engines == 1 and one.async_scheduling), None)
+        several = next((one for one in here if one.engines > 1 and not one.async_scheduling), None)
+        if alone is not None and several is not None:
+            return (
+                f"At {load:,} requests in flight asynchronous scheduling alone brings one engine {times(alone.gain)}; "
+                f"without it, {several.engines} engines under MPS bring {times(several.gain)}."
+            )
+    return ""
 
 
 def _told(spec: TrialSpec, one: Tried | None, known: dict[str, Tried], wanted: Sequence[TrialSpec]) -> Scheduled:

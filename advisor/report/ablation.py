@@ -19,11 +19,33 @@ def render(report: AblationReport, console: Console) -> None:
 
 def _lines(report: AblationReport, width: int) -> Iterator[Line]:
     asked = report.ablation
-    title = [report.model.name, "taken apart on", report.gpu.name]
-    parts = [" ".join(title), f"vLLM {report.software.vllm or 'unknown'}", f"{asked.batch:,} sequences in all"]
+    how = "taken apart on" if asked.parts else "with and without asynchronous scheduling on"
+    parts = [" ".join([report.model.name, how, report.gpu.name]), f"vLLM {report.software.vllm or 'unknown'}"]
+    parts += [f"{asked.batch:,} sequences in all"] if asked.parts else [f"context {max(asked.contexts):,}"]
     yield from ((line, "bold") for line in wrap(" · ".join(parts), width))
     yield "", ""
     yield from ((line, "bold") for line in wrap(clean(report.sentence), width))
+    if asked.parts:
+        yield from _taken_apart(report, width)
+    yield from _scheduling(report)
+    yield from warnings(report.warnings, width)
+    yield "", ""
+    notes = []
+    if asked.parts:
+        notes.append(
+            "attention: the model without its MLPs, so with projections and norms; MLP: without its attention; "
+            "neither: embedding, norms, output head and sampling, which all of them have."
+        )
+        notes.append("expected: predicted, from the times of the parts added up.")
+    notes.append("± are 90 % intervals within one start.")
+    if report.replayed:
+        notes.append("This report was replayed from a recorded run: nothing was measured now.")
+    for note in notes:
+        yield from ((line, "dim") for line in wrap(note, width, "  "))
+
+
+def _taken_apart(report: AblationReport, width: int) -> Iterator[Line]:
+    asked = report.ablation
     yield "", ""
     yield f"{asked.engines} engines under MPS against one, each with its share of the batch:", "bold"
     yield _row("step", "context", *_PARTS, "expected"), "dim"
@@ -43,18 +65,6 @@ def _lines(report: AblationReport, width: int) -> Iterator[Line]:
         yield _row(one.kind, f"{one.context:,}", *(_time(part) for part in _parts(one)), closure), ""
     for why in {why: None for one in report.steps for part in _parts(one) if (why := part.why)}:
         yield from ((line, "") for line in wrap(f"  · {clean(why)}", width, "    "))
-    yield from _scheduling(report)
-    yield from warnings(report.warnings, width)
-    yield "", ""
-    notes = [
-        "attention: the model without its MLPs, so with projections and norms; MLP: without its attention; neither: "
-        "embedding, norms, output head and sampling, which all of them have.",
-        "expected: predicted, from the times of the parts added up. ± are 90 % intervals within one start.",
-    ]
-    if report.replayed:
-        notes.append("This report was replayed from a recorded run: nothing was measured now.")
-    for note in notes:
-        yield from ((line, "dim") for line in wrap(note, width, "  "))
 
 
 def _scheduling(report: AblationReport) -> Iterator[Line]:
