@@ -296,32 +296,38 @@ class Engines:
                 engine.counters.append(_counters(values, steps, self._now()))
 
     def ask_logprobs(self, prompts: Sequence[str], *, generated: bool, timeout_s: float) -> None:
-        """Log-probabilities of fixed prompts' tokens (or, where the cache is filled by a stand-in, of generated ones).
+        """Log-probabilities of fixed prompts' tokens (or, where the cache is filled by a stand-in, of generated ones),
+        of all engines at once.
 
         They show whether an engine computes what another one computes. Raises EngineFailed on no answer.
         """
-        for engine in self._engines:
-            engine.logprobs = []
-            for prompt in prompts:
-                body: dict[str, Any] = {"model": SERVED_NAME, "prompt": prompt, "temperature": 0.0, "ignore_eos": True}
-                body |= {"max_tokens": 32, "logprobs": 1} if generated else {"max_tokens": 1, "prompt_logprobs": 1}
-                try:
-                    status, answer = engine.request("POST", "/v1/completions", body, timeout_s)
-                    choice = json.loads(answer)["choices"][0] if status == 200 else None
-                    if choice is None:
-                        raise ValueError(f"HTTP {status}: {answer[:200].decode(errors='replace')}")
-                    engine.logprobs.append(
-                        [float(value) for value in choice["logprobs"]["token_logprobs"]]
-                        if generated
-                        else _prompt_logprobs(choice["prompt_logprobs"])
-                    )
-                except TimeoutError:
-                    detail = f"engine {engine.index} did not answer a fixed prompt within {timeout_s:.0f} s"
-                    raise EngineFailed("timeout", engine.index, detail) from None
-                except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-                    self.check()
-                    detail = f"engine {engine.index} gave no log-probabilities for a fixed prompt: {error!r}"
-                    raise EngineFailed("crash", engine.index, self._clean(detail)) from None
+
+        def ask(engine: _Engine) -> list[list[float]]:
+            return [self._logprobs(engine, prompt, generated, timeout_s) for prompt in prompts]
+
+        with ThreadPoolExecutor(len(self._engines)) as pool:
+            asked = [(engine, pool.submit(ask, engine)) for engine in self._engines]
+        for engine, answer in asked:
+            engine.logprobs = answer.result()
+
+    def _logprobs(self, engine: _Engine, prompt: str, generated: bool, timeout_s: float) -> list[float]:
+        body: dict[str, Any] = {"model": SERVED_NAME, "prompt": prompt, "temperature": 0.0, "ignore_eos": True}
+        body |= {"max_tokens": 32, "logprobs": 1} if generated else {"max_tokens": 1, "prompt_logprobs": 1}
+        try:
+            status, answer = engine.request("POST", "/v1/completions", body, timeout_s)
+            if status != 200:
+                raise ValueError(f"HTTP {status}: {answer[:200].decode(errors='replace')}")
+            choice = json.loads(answer)["choices"][0]
+            if generated:
+                return [float(value) for value in choice["logprobs"]["token_logprobs"]]
+            return _prompt_logprobs(choice["prompt_logprobs"])
+        except TimeoutError:
+            detail = f"engine {engine.index} did not answer a fixed prompt within {timeout_s:.0f} s"
+            raise EngineFailed("timeout", engine.index, detail) from None
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+            self.check()
+            detail = f"engine {engine.index} gave no log-probabilities for a fixed prompt: {error!r}"
+            raise EngineFailed("crash", engine.index, self._clean(detail)) from None
 
     def call(
         self, method: str, arguments: Mapping[str, Any], timeout_s: float, engines: int | None = None
