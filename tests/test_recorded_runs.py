@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import raw as made
+from rich.cells import cell_len
 from rich.console import Console
 
 from advisor import flow
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path.parent for path in (ROOT / "data").glob("*/manifest.json"))
 STUDIES_AT = ROOT / "data" / "studies"
 STUDIES = sorted(path.parent for path in STUDIES_AT.glob("*/manifest.json"))
+STUDIES_OF_PROFILES = [path for path in STUDIES if "-call-" in path.name]
 KILLED_ENGINE = ROOT / "tests" / "data" / "killed-engine"
 LIMIT_BYTES = 700 * 1024
 
@@ -393,6 +395,13 @@ def test_the_table_of_both_hosts_says_what_the_runs_say():
             assert found[2] == ("<1" if half < 0.5 else f"{half:.0f}"), (name, cell, half)
             checked += 1
     assert checked > 35
+
+
+@pytest.mark.parametrize("folder", [*SHIPPED, *STUDIES_OF_PROFILES], ids=lambda path: path.name)
+def test_no_line_of_a_report_is_wider_than_80_columns(folder: Path):
+    page = io.StringIO()
+    render(replay(folder), Console(file=page, width=80))
+    assert [line for line in page.getvalue().splitlines() if cell_len(line) > 80] == []
 
 
 CALLS = [

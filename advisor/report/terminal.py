@@ -92,7 +92,7 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
     if decided:
         yield from verdict
     yield from _where_from(report, width)
-    yield from _over_loads(report)
+    yield from _over_loads(report, width)
     yield from _gpu_time(report)
     yield from _bullets("What limits them", _limits(report), width)
     yield from _bullets("What MPS costs", _cost(report), width)
@@ -348,7 +348,7 @@ def _where_from(report: Report, width: int) -> Iterator[Line]:
     yield f"  {whole:.2f}× together, over the default engine{advised}", ""
 
 
-def _over_loads(report: Report) -> Iterator[Line]:
+def _over_loads(report: Report, width: int) -> Iterator[Line]:
     """Throughput and latency at each load of the candidates that were measured at several."""
     curves = [one for one in report.candidates if len(one.curve) > 1]
     if not curves:
@@ -360,11 +360,12 @@ def _over_loads(report: Report) -> Iterator[Line]:
             latencies = (_p95(point.ttft_ms), _p95(point.itl_ms), _p95(point.e2e_ms))
             rows.append((who, str(point.concurrency), _rate(point.throughput_tok_per_s), *latencies))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    between = "  " if 2 * len(widths) + sum(widths) <= width else " "
     yield "", ""
     yield "Over the load:", "bold"
     for index, row in enumerate(rows):
         cells = [row[0].ljust(widths[0]), *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True))]
-        yield "  " + "  ".join(cells).rstrip(), "dim" if index == 0 else ""
+        yield "  " + between.join(cells).rstrip(), "dim" if index == 0 else ""
 
 
 def _bullets(heading: str, points: Sequence[str], width: int) -> Iterator[Line]:
