@@ -34,7 +34,7 @@ def busy(one: Contender, everyone: Sequence[Contender]) -> Busy | None:
     Two or three starts may agree by chance: how far starts are from their candidate's mean is taken from all starts of
     all candidates of its kind.
     """
-    if not one.quoted or one.shown is not one.quoted[0]:
+    if not one.at_full_load:
         return None
     quoted = [_seen(start) for start in one.quoted]
     alike = [[_seen(start) for start in other.starts] for other in everyone if _kind(other) == _kind(one)]

@@ -56,6 +56,11 @@ class Contender:
         return _quoted(self.starts) if self.starts else []
 
     @property
+    def at_full_load(self) -> bool:
+        """Whether its figures are those of the full load, and not of a smaller one that keeps to the objectives."""
+        return bool(self.quoted) and self.shown is self.quoted[0]
+
+    @property
     def ok(self) -> bool:
         return self.estimate is not None
 

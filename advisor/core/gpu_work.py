@@ -79,7 +79,7 @@ def _under_load(field: Field, several: Tried) -> Contender | None:
         for one in field.all
         if (one.engines, one.mps, one.percentage) == (spec.engines, spec.mps, spec.thread_percentage)
         and one.estimate is not None
-        and one.quoted[:1] == [one.shown]
+        and one.at_full_load
         and _same_back_end(one, spec.settings)
     ]
     return max(found, key=lambda one: len(one.starts), default=None)

@@ -385,15 +385,16 @@ class Search:
         return other
 
     def _later_rate(self, one: Tried) -> float:
-        starts = [again for again in self._tried if again.ok and first_key(again.spec) == first_key(one.spec)]
-        later = [again.rate for again in starts if again.spec.repeat]
+        later = [again.rate for again in self._starts_of(one) if again.ok and again.spec.repeat]
         return math.fsum(later) / len(later) if later else 0.0
+
+    def _starts_of(self, one: Tried) -> list[Tried]:
+        return [other for other in self._tried if first_key(other.spec) == first_key(one.spec)]
 
     def _once_more(self, one: Tried, *, curve_from: float) -> Told:
         """Further starts of a candidate; the last one of a finalist also at smaller loads, if it reaches that rate."""
         # It may have been started again before, when another load was looked for.
-        again = [other for other in self._tried if first_key(other.spec) == first_key(one.spec)]
-        last = max([one, *again], key=lambda other: other.spec.repeat)
+        last = max([one, *self._starts_of(one)], key=lambda other: other.spec.repeat)
         for _ in range(1, self._protocol.starts):
             spec = msgspec.structs.replace(last.spec, repeat=last.spec.repeat + 1, protocol=self._protocol)
             last = yield from self._measured(spec)

@@ -148,7 +148,7 @@ class Start:
         """Where vLLM makes its sockets: it leaves them there, and here they go with the rest. Not where the path of one
         would be too long, nor where the user has said where.
         """
-        if _SOCKETS in os.environ or len(str(self.directory)) > _SOCKETS_PATH_MAX:
+        if _SOCKETS in os.environ or len(os.fsencode(self.directory)) > _SOCKETS_PATH_MAX:
             return {}
         return {_SOCKETS: str(self.directory)}
 
