@@ -10,7 +10,7 @@ import msgspec
 
 from advisor import profiling
 from advisor.core import scheduling
-from advisor.core.ablation import conclude, largest_batch, trials
+from advisor.core.ablation import conclude, largest, largest_batches, trials
 from advisor.core.errors import BadQuestion, NotRecorded, Unfit
 from advisor.core.records import ACCIDENTS, Ablation, AblationReport, Manifest, TrialSpec
 from advisor.core.specs import asking
@@ -40,9 +40,9 @@ def live(
                 f"{manifest.model.architecture} cannot be taken apart: vLLM runs it by the code of another library; "
                 "choose a model of another architecture"
             )
-        batch = largest_batch(manifest, contexts, ENGINES)
-        ablation = Ablation(contexts=list(contexts), batch=batch, engines=ENGINES, loads=list(loads), parts=parts)
-        return msgspec.structs.replace(asking(manifest, batch), ablation=ablation)
+        batches = largest_batches(manifest, contexts, ENGINES) if parts else []
+        ablation = Ablation(contexts=list(contexts), batches=batches, engines=ENGINES, loads=list(loads), parts=parts)
+        return msgspec.structs.replace(asking(manifest, largest(ablation)), ablation=ablation)
 
     with profiling.bench(asked, console, complete) as (manifest, runner, progress, folder):
         tried: list[Tried] = []

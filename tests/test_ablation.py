@@ -29,7 +29,9 @@ def manifest(*contexts: int, batch: int = 256):
     asked = specs.asking(made(), batch)
     workload = msgspec.structs.replace(asked.question.workload, isl=max(contexts), osl=1)
     question = msgspec.structs.replace(asked.question, workload=workload)
-    return msgspec.structs.replace(asked, question=question, ablation=Ablation(contexts=list(contexts), batch=batch))
+    return msgspec.structs.replace(
+        asked, question=question, ablation=Ablation(contexts=list(contexts), batches=[batch] * len(contexts))
+    )
 
 
 def answered(spec, rate) -> Tried:
@@ -155,7 +157,7 @@ def test_the_batch_is_the_largest_that_fits_twice():
     def batch(gib):
         gpu = msgspec.structs.replace(asked.gpu, memory_total_bytes=gib * memory.GIB)
         try:
-            return ablation.largest_batch(msgspec.structs.replace(asked, gpu=gpu), [4096], 2)
+            return ablation.largest_batches(msgspec.structs.replace(asked, gpu=gpu), [4096], 2)[0]
         except NoHonestAnswer:
             return 0
 
@@ -163,11 +165,25 @@ def test_the_batch_is_the_largest_that_fits_twice():
     assert found == sorted(found) and set(found) == {0, 256, 512, 1024}
 
 
+def test_shorter_contexts_have_larger_batches_and_all_fit_with_the_graphs_of_the_largest():
+    asked = manifest(8192)
+    gpu = msgspec.structs.replace(asked.gpu, memory_total_bytes=80 * memory.GIB)
+    found = ablation.largest_batches(msgspec.structs.replace(asked, gpu=gpu), [128, 4096, 8192], 2)
+    assert found == [1024, 1024, 512]
+    whole = ablation.trials(
+        msgspec.structs.replace(asked, ablation=Ablation(contexts=[128, 4096, 8192], batches=found))
+    )
+    assert [(step.decode, step.decode_context) for step in whole[1].steps if step.decode] == [
+        (512, 128), (512, 4096), (256, 8192),
+    ]  # fmt: skip
+    assert {spec.settings.max_cudagraph_capture_size for spec in whole} == {1024}
+
+
 def test_a_batch_that_does_not_fit_at_all_is_refused_with_the_sums():
     asked = manifest(4096)
     gpu = msgspec.structs.replace(asked.gpu, memory_total_bytes=5 * memory.GIB)
     with pytest.raises(NoHonestAnswer, match=r"not even 256 sequences of 4,096 tokens fit into 2 engines: "):
-        ablation.largest_batch(msgspec.structs.replace(asked, gpu=gpu), [4096], 2)
+        ablation.largest_batches(msgspec.structs.replace(asked, gpu=gpu), [512, 4096], 2)
 
 
 # ---------------------------------------------------------------- the plug-in
@@ -286,7 +302,7 @@ def test_a_model_is_taken_apart_live_and_its_replay_says_the_same(bench):
     live = ablate(bench, *asked, "--out", "run", "--format", "json")
     assert live.returncode == 0, live.stderr
     report = json.loads(live.stdout)
-    assert report["ablation"] == {"contexts": [64], "batch": 1024, "engines": 2, "loads": [], "parts": True}
+    assert report["ablation"] == {"contexts": [64], "batches": [1024], "engines": 2, "loads": [], "parts": True}
     decode, prefill = report["steps"]
     assert (decode["kind"], prefill["kind"]) == ("decode", "prefill")
     for part, share in (("attention_only", 0.7), ("mlp_only", 0.4)):

@@ -8,7 +8,7 @@ one engine and with several, and that lets expect a gain (see `records.AblatedSt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -44,24 +44,40 @@ Kind = Literal["decode", "prefill"]
 KINDS: tuple[Kind, ...] = ("decode", "prefill")
 
 
-def largest_batch(manifest: Manifest, contexts: Sequence[int], engines: int) -> int:
-    """The largest of 1024, 512 and 256 sequences at the longest of these contexts that one engine holds, and so many
-    engines their shares of. Raises NoHonestAnswer with the sums where not even the smallest fits.
+def largest_batches(manifest: Manifest, contexts: Sequence[int], engines: int) -> list[int]:
+    """For each context the largest of 1024, 512 and 256 sequences that one engine holds, and so many engines their
+    shares of, all with graphs up to the largest of these. Raises NoHonestAnswer with the sums where not even the
+    smallest fits.
     """
-    for batch in BATCHES:
-        asked, base = specs.asking(manifest, batch), _settings(manifest, batch)
+    for most in BATCHES:
+        asked, base = specs.asking(manifest, most), _settings(manifest, most)
         plans = {count: specs.memory_plan(asked, count, base) for count in (1, engines)}
-        if all(_holds(planned, -(-batch // count), manifest, contexts) for count, planned in plans.items()):
-            return batch
+        fitting = [
+            max((batch for batch in BATCHES if batch <= most and _hold(plans, batch, manifest, context)), default=0)
+            for context in contexts
+        ]
+        # Graphs for a batch that no context has would only take memory from the others.
+        if all(fitting) and max(fitting) == most:
+            return fitting
+    short = max(context for context, batch in zip(contexts, fitting, strict=True) if not batch)
     raise NoHonestAnswer(
-        f"not even {BATCHES[-1]} sequences of {max(contexts):,} tokens fit into {engines} engines: "
+        f"not even {BATCHES[-1]} sequences of {short:,} tokens fit into {engines} engines: "
         + memory.explain(plans[engines])
     )
 
 
-def _holds(planned: memory.MemoryPlan, sequences: int, manifest: Manifest, contexts: Sequence[int]) -> bool:
-    each = (memory.whole_blocks(max(contexts)) + memory.BLOCK_TOKENS) * memory.kv_bytes_per_token(manifest.model)
-    return planned.kv_bytes is not None and planned.kv_bytes >= sequences * each
+def _hold(plans: Mapping[int, memory.MemoryPlan], batch: int, manifest: Manifest, context: int) -> bool:
+    """Whether each of so many engines holds its share of a batch, for all of these plans."""
+    each = (memory.whole_blocks(context) + memory.BLOCK_TOKENS) * memory.kv_bytes_per_token(manifest.model)
+    return all(
+        planned.kv_bytes is not None and planned.kv_bytes >= -(-batch // engines) * each
+        for engines, planned in plans.items()
+    )
+
+
+def largest(asked: Ablation) -> int:
+    """The most sequences that any of its engines holds at once."""
+    return max(asked.batches or asked.loads)
 
 
 def _settings(manifest: Manifest, batch: int) -> EngineSettings:
@@ -74,7 +90,7 @@ def trials(manifest: Manifest) -> list[TrialSpec]:
     asked = manifest.ablation
     if asked is None:
         raise ValueError("only a run of `ablate` takes a model apart")
-    base = _settings(manifest, asked.batch)
+    base = _settings(manifest, largest(asked))
     found = []
     for without in VARIANTS if asked.parts else ():
         for engines, mps in ((1, False), (asked.engines, True)):
@@ -94,17 +110,17 @@ def trials(manifest: Manifest) -> list[TrialSpec]:
 
 def _steps(asked: Ablation, engines: int, base: EngineSettings) -> Iterator[Step]:
     """Of several engines each decodes its share of the batch; one engine decodes all of it, and then such a share."""
-    for context in asked.contexts:
-        yield _decode(asked, context, engines)
+    for context, batch in zip(asked.contexts, asked.batches, strict=True):
+        yield _decode(context, batch, engines)
         yield specs.prompt_step(context, base)
     if engines == 1:
-        for context in asked.contexts:
-            yield _decode(asked, context, asked.engines)
+        for context, batch in zip(asked.contexts, asked.batches, strict=True):
+            yield _decode(context, batch, asked.engines)
 
 
-def _decode(asked: Ablation, context: int, engines: int) -> Step:
+def _decode(context: int, batch: int, engines: int) -> Step:
     """What one of so many engines decodes of the batch."""
-    return Step(decode=asked.batch // engines, decode_context=context)
+    return Step(decode=batch // engines, decode_context=context)
 
 
 class _Seen(NamedTuple):
@@ -144,13 +160,17 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
     found: dict[Part | None, list[Tried | None]] = {part: [] for part in VARIANTS}
     for spec in trials(manifest):
         found[spec.without].append(known.get(key(spec)))
-    base = _settings(manifest, asked.batch)
+    base = _settings(manifest, largest(asked))
     scheduled = scheduling.scheduled(manifest, tried)
     steps = []
-    for context in asked.contexts if asked.parts else ():
+    for context, batch in zip(asked.contexts, asked.batches, strict=True) if asked.parts else ():
+        asks = {
+            "decode": _Asked(*(_decode(context, batch, engines) for engines in (1, asked.engines))),
+            "prefill": _Asked(*[specs.prompt_step(context, base)] * 2),
+        }
         for kind in KINDS:
-            seen = {part: _seen(asked, one, several, kind, context, base) for part, (one, several) in found.items()}
-            steps.append(_step(asked, kind, context, seen))
+            seen = {part: _seen(asks[kind], one, several) for part, (one, several) in found.items()}
+            steps.append(_step(kind, context, asks[kind].one, seen))
     failed = [
         caution("not_measured", f"{slug(one.spec)} could not be measured ({one.why or one.outcome}).")
         for one in known.values()
@@ -173,17 +193,19 @@ def conclude(manifest: Manifest, tried: Sequence[Tried], *, created: str, replay
     )
 
 
-def _seen(
-    asked: Ablation, one: Tried | None, several: Tried | None, kind: Kind, context: int, base: EngineSettings
-) -> _Seen:
-    def step(engines: int) -> Step:
-        return specs.prompt_step(context, base) if kind == "prefill" else _decode(asked, context, engines)
+class _Asked(NamedTuple):
+    """A step as one engine does it, and as each of several does."""
 
-    alone = _rate(one, step(1), "one engine")
+    one: Step
+    several: Step
+
+
+def _seen(asked: _Asked, one: Tried | None, several: Tried | None) -> _Seen:
+    alone = _rate(one, asked.one, "one engine")
     if isinstance(alone, str):
         return _Seen(why=alone)
-    share = _rate(one, step(asked.engines), "one engine") if kind == "decode" else ""
-    together = _rate(several, step(asked.engines), "several engines")
+    share = _rate(one, asked.several, "one engine") if asked.several != asked.one else ""
+    together = _rate(several, asked.several, "several engines")
     if isinstance(together, str):
         return _Seen(alone.step_ms, alone.mean, why=together)
     return _Seen(alone.step_ms, alone.mean, together.mean, None if isinstance(share, str) else share.mean)
@@ -197,11 +219,12 @@ def _rate(trial: Tried | None, step: Step, who: str) -> StepRate | str:
     return step_rate(trial.raw, trial.spec.steps.index(step))
 
 
-def _step(asked: Ablation, kind: Kind, context: int, seen: dict[Part | None, _Seen]) -> AblatedStep:
+def _step(kind: Kind, context: int, step: Step, seen: dict[Part | None, _Seen]) -> AblatedStep:
     whole, attention, mlp, rest = seen[None], seen["mlp"], seen["attention"], seen["both"]
     found = AblatedStep(
         kind=kind,
         context=context,
+        sequences=step.decode + step.prefill,
         whole=whole.told,
         attention_only=attention.told,
         mlp_only=mlp.told,

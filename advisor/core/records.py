@@ -527,14 +527,14 @@ class RawTrial(Record, frozen=True):
 
 
 class Ablation(Record, frozen=True):
-    """What `ablate` asks: these contexts, so many sequences that decode in all, one engine against `engines`.
+    """What `ablate` asks: these contexts, at each so many sequences that decode in all, one engine against `engines`.
 
-    `loads` are the requests in flight at which asynchronous scheduling is turned off and on, under load; empty: it is
-    not. Without `parts` that is all.
+    `batches` run in parallel with `contexts`. `loads` are the requests in flight at which asynchronous scheduling is
+    turned off and on, under load; empty: it is not. Without `parts` that is all, and there are no batches.
     """
 
     contexts: list[int]
-    batch: int
+    batches: list[int]
     engines: int = 2
     loads: list[int] = []
     parts: bool = True
@@ -542,7 +542,7 @@ class Ablation(Record, frozen=True):
 
 class Manifest(Record, frozen=True):
     """The head of a run folder: what was asked, of which model, on which machine. `ablation` is there in runs of
-    `ablate` only, whose question then gives the longest context and the batch.
+    `ablate` only, whose question then gives the longest context and the largest batch.
     """
 
     schema_version: int
@@ -816,6 +816,7 @@ class AblatedStep(Record, frozen=True):
 
     kind: Literal["decode", "prefill"]
     context: int
+    sequences: int  # of one engine
     whole: Variant
     attention_only: Variant
     mlp_only: Variant

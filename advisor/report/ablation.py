@@ -21,7 +21,7 @@ def _lines(report: AblationReport, width: int) -> Iterator[Line]:
     asked = report.ablation
     how = "taken apart on" if asked.parts else "with and without asynchronous scheduling on"
     parts = [" ".join([report.model.name, how, report.gpu.name]), f"vLLM {report.software.vllm or 'unknown'}"]
-    parts += [f"{asked.batch:,} sequences in all"] if asked.parts else [f"context {max(asked.contexts):,}"]
+    parts += [] if asked.parts else [f"context {max(asked.contexts):,}"]
     yield from ((line, "bold") for line in wrap(" · ".join(parts), width))
     yield "", ""
     yield from ((line, "bold") for line in wrap(clean(report.sentence), width))
@@ -48,21 +48,21 @@ def _taken_apart(report: AblationReport, width: int) -> Iterator[Line]:
     asked = report.ablation
     yield "", ""
     yield f"{asked.engines} engines under MPS against one, each with its share of the batch:", "bold"
-    yield _row("step", "context", *_PARTS, "expected"), "dim"
+    yield _row("step", "context", "batch", *_PARTS, "expected"), "dim"
     for one in report.steps:
-        yield _row(one.kind, f"{one.context:,}", *(_times(part.gain) for part in _parts(one)), _times(one.expected)), ""
+        yield _row(*_step(one), *(_times(part.gain) for part in _parts(one)), _times(one.expected)), ""
     yield "", ""
     yield "The same against one engine with such a share: 1 where kernels only take turns:", "bold"
-    yield _row("step", "context", *_PARTS), "dim"
+    yield _row("step", "context", "batch", *_PARTS), "dim"
     for one in report.steps:
         if one.kind == "decode":
-            yield _row(one.kind, f"{one.context:,}", *(_times(part.overlap) for part in _parts(one))), ""
+            yield _row(*_step(one), *(_times(part.overlap) for part in _parts(one))), ""
     yield "", ""
     yield "A step of one engine, and the parts' sum over the whole:", "bold"
-    yield _row("step", "context", *_PARTS, "sum"), "dim"
+    yield _row("step", "context", "batch", *_PARTS, "sum"), "dim"
     for one in report.steps:
         closure = MISSING if one.closure is None else f"{one.closure.value:.2f}"
-        yield _row(one.kind, f"{one.context:,}", *(_time(part) for part in _parts(one)), closure), ""
+        yield _row(*_step(one), *(_time(part) for part in _parts(one)), closure), ""
     for why in {why: None for one in report.steps for part in _parts(one) if (why := part.why)}:
         yield from ((line, "") for line in wrap(f"  · {clean(why)}", width, "    "))
 
@@ -96,8 +96,12 @@ def _load_row(*cells: str) -> str:
     return "  " + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 9, 6, 9, 16, 10, 7, 12), strict=True))
 
 
-def _row(kind: str, context: str, *cells: str) -> str:
-    return f"  {kind:8}{context:>8}" + "".join(f"{cell:>12}" for cell in cells)
+def _step(one: AblatedStep) -> tuple[str, str, str]:
+    return one.kind, f"{one.context:,}", f"{one.sequences:,}"
+
+
+def _row(kind: str, context: str, batch: str, *cells: str) -> str:
+    return f"  {kind:8}{context:>7}{batch:>7}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _parts(one: AblatedStep) -> tuple[Variant, ...]:
