@@ -14,7 +14,7 @@ import raw as made
 from rich.cells import cell_len
 from rich.console import Console
 
-from advisor import flow
+from advisor import ablating, flow
 from advisor.core import run_cautions
 from advisor.core.errors import NotRecorded
 from advisor.core.estimate import half_width
@@ -26,7 +26,9 @@ from advisor.shell.replay import Replay, choose, shipped_runs
 from advisor.shell.store import RunFolder
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(path.parent for path in (ROOT / "data").glob("*/manifest.json"))
+RUNS = sorted(path.parent for path in (ROOT / "data").glob("*/manifest.json"))
+ABLATED = [path for path in RUNS if RunFolder(path).manifest().ablation is not None]
+SHIPPED = [path for path in RUNS if path not in ABLATED]  # profiles
 STUDIES_AT = ROOT / "data" / "studies"
 STUDIES = sorted(path.parent for path in STUDIES_AT.glob("*/manifest.json"))
 STUDIES_OF_PROFILES = [path for path in STUDIES if "-call-" in path.name]
@@ -92,6 +94,24 @@ def test_a_replay_says_what_the_live_run_said(folder: Path):
     assert list(contradictions(live, now)) == []
 
 
+@pytest.mark.parametrize("folder", ABLATED, ids=lambda path: path.name)
+def test_a_replayed_ablation_says_what_the_live_one_said(folder: Path):
+    live = json.loads((folder / "report.json").read_text())
+    now = json.loads(dumps(ablating.replayed(None, None, str(folder), lambda text: None)))
+    assert (live.pop("replayed"), now.pop("replayed")) == (False, True)
+    del live["created"], now["created"]
+    assert list(contradictions(live, now)) == []
+
+
+def test_of_the_shipped_ablation_the_parts_times_add_up_to_the_whole_model():
+    report = ablating.replayed("Qwen/Qwen2.5-3B", None, str(ROOT / "data" / "h100-qwen2.5-3b-ablate"), lambda text: None)
+    assert [one.context for one in report.steps if one.kind == "decode"] == [128, 512, 1024, 2048, 4096]
+    for one in report.steps:
+        assert one.closure.value == pytest.approx(1.0, abs=0.03)
+        assert one.expected_over_whole.value == pytest.approx(1.0, abs=0.03)
+    assert report.warnings == []
+
+
 def contradictions(then, now, where="report"):
     if isinstance(then, dict):
         for key, value in then.items():
@@ -116,7 +136,7 @@ def test_every_measured_candidate_says_what_limited_it(folder: Path):
     assert not {caution.code for caution in report.warnings} & {"cpu_contention"}
 
 
-@pytest.mark.parametrize("folder", [*SHIPPED, *STUDIES], ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", [*RUNS, *STUDIES], ids=lambda path: path.name)
 def test_nobody_is_said_to_have_disturbed_what_ran_alone(folder: Path):
     judged = [judge(raw) for raw in RunFolder(folder).trials()]
     told = [(slug(one.spec), caution.text) for one in judged for caution in one.cautions]
