@@ -104,7 +104,9 @@ def test_a_replayed_ablation_says_what_the_live_one_said(folder: Path):
 
 
 def test_of_the_shipped_ablation_the_parts_times_add_up_to_the_whole_model():
-    report = ablating.replayed("Qwen/Qwen2.5-3B", None, str(ROOT / "data" / "h100-qwen2.5-3b-ablate"), lambda text: None)
+    report = ablating.replayed(
+        "Qwen/Qwen2.5-3B", None, str(ROOT / "data" / "h100-qwen2.5-3b-ablate"), lambda text: None
+    )
     assert [one.context for one in report.steps if one.kind == "decode"] == [128, 512, 1024, 2048, 4096]
     for one in report.steps:
         assert one.closure.value == pytest.approx(1.0, abs=0.03)
