@@ -13,6 +13,7 @@ from sites import assert_nothing_left, codes, engine_cores, live
 from advisor.core import specs
 from advisor.core.errors import Unfit
 from advisor.core.starts import same_start
+from advisor.core.tried import candidate
 from advisor.shell import engines
 
 
@@ -62,6 +63,33 @@ def test_idle_engines_are_started_and_attached_and_get_no_request(site):
         engine.counters_end.generation_tokens - engine.counters_start.generation_tokens for engine in raw.engines
     ]
     assert counted[0] > 0 == counted[1]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_engines_that_rest_first_work_later_and_take_their_share_of_the_cores(site):
+    one, other = sorted(os.sched_getaffinity(0))[:2]
+    manifest = site.place.manifest
+    host = msgspec.structs.replace(
+        manifest.host, cores=[one] * 3 + [other] * 3 + [one] * 2
+    )  # the last two for the load
+    site.place.manifest = manifest = msgspec.structs.replace(manifest, host=host)
+    runner, folder = live(site)
+    together, seen = site.spec(2), []
+    with runner:
+        for working, load in ((1, 8), (2, 8), (1, 4)):
+            runner.run(at_load(specs.among(manifest, together, working), load))
+            threads = [{tuple(os.sched_getaffinity(t.id)) for t in core.threads()} for core in engine_cores(site.bench)]
+            seen.append(sorted(set.union(*threads)))
+    first, second, third = folder.trials()
+
+    # One that rests stays where it is: where it was started, or where it worked.
+    assert seen == [[(one, other), (other,)], [(one,), (other,)], [(one, other), (other,)]]
+    for raw in (first, second, third):
+        assert codes(raw) == []
+        assert len(raw.engines) == 2 and raw.started == first.started
+        assert sorted(raw.mps.clients_start) == sorted(cores_of(first))
+    assert [[load.engine for load in raw.loads] for raw in (first, second, third)] == [[0], [0, 1], [0]]
+    assert candidate(first.spec) == candidate(site.spec(1)) != candidate(second.spec)
 
 
 def test_the_second_window_counts_only_its_own_tokens(site):

@@ -251,6 +251,7 @@ class TrialSpec(Record, frozen=True):
     kind "steps": repeat each of `steps` on all engines at once, on the GPU alone, for `step_s`; then trace `traced`
     more repetitions of each on the first engine. Only such a trial may be of a model `without` a part.
     `repeat` numbers deliberate repetitions of the same trial (0 is the first).
+    `engine_cores` are those of the engines in their order, idle ones last; one without any stays where it is.
     """
 
     kind: TrialKind

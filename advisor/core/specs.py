@@ -73,6 +73,17 @@ def load_spec(
     )
 
 
+def among(manifest: Manifest, spec: TrialSpec, working: int) -> TrialSpec:
+    """The same engines, of which only the first `working` get requests and share all cores; the others rest."""
+    placed = cores.plan(manifest.host.cores, working)
+    if placed is None or not 0 < working <= spec.engines:
+        raise ValueError(f"{working} of {spec.engines} engines cannot be placed; ask whether they can first")
+    idle = spec.engines - working
+    return msgspec.structs.replace(
+        spec, engines=working, idle_engines=idle, engine_cores=[*placed.engine_cores, *([[]] * idle)]
+    )
+
+
 def at_load(spec: TrialSpec, concurrency: int, *, short: bool = False) -> TrialSpec:
     """The same engines with other requests in flight, in a `short` window if the point only belongs to a curve."""
     if spec.workload is None or spec.protocol is None:

@@ -65,6 +65,8 @@ def slug(spec: TrialSpec) -> str:
     parts += [f"{spec.engines}-engine" + ("s" if spec.engines > 1 else ""), "mps" if spec.mps else "no-mps"]
     if spec.thread_percentage is not None:
         parts.append(f"{spec.thread_percentage}pct")
+    if spec.idle_engines:
+        parts.append(f"of-{spec.engines + spec.idle_engines}")
     if spec.without is not None:
         parts.append(f"without-{spec.without}")
     if spec.label:
@@ -75,9 +77,9 @@ def slug(spec: TrialSpec) -> str:
 
 
 def candidate(spec: TrialSpec) -> str:
-    """The identity of a candidate: what `key` says, whatever the start and the load."""
+    """The identity of a candidate: what `key` says, whatever the start, the load and the engines that rest beside."""
     workload = None if spec.workload is None else msgspec.structs.replace(spec.workload, concurrency=0)
-    return key(msgspec.structs.replace(spec, repeat=0, workload=workload))
+    return key(msgspec.structs.replace(spec, repeat=0, workload=workload, idle_engines=0))
 
 
 def is_retry(spec: TrialSpec, last: Tried) -> bool:

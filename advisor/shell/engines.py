@@ -270,13 +270,17 @@ class Engines:
         """Give each engine core the first of its engine's cores alone, and the engine's other processes the rest."""
         for engine, fronts in zip(self._engines, self.front_pids(), strict=True):
             first, *rest = engine.launch.cores
-            placed = [(pid, rest or [first]) for pid in fronts]
-            placed += [(engine.core.pid, [first])] if engine.core is not None else []
-            for pid, cores in placed:
-                for thread in _threads(pid):
-                    # A thread that has just ended needs no core.
-                    with suppress(ProcessLookupError):
-                        os.sched_setaffinity(thread, cores)
+            for pid in fronts:
+                _pin(pid, rest or [first])
+            if engine.core is not None:
+                _pin(engine.core.pid, [first])
+
+    def pin(self, cores: Sequence[Sequence[int]]) -> None:
+        """Move every thread of each engine to its cores; one that is given none stays where it is."""
+        fronts = self.front_pids()
+        for engine, mine, front in zip(self._engines, cores, fronts, strict=True):
+            for pid in [*front, *([engine.core.pid] if engine.core is not None else [])] if mine else ():
+                _pin(pid, mine)
 
     def own_pids(self) -> set[int]:
         """Every process of these engines that was ever seen."""
@@ -459,6 +463,13 @@ def port_blocks(count: int) -> list[int]:
         if all(map(_is_free, range(base, base + wanted))):
             return list(range(base, base + wanted, PORTS_PER_ENGINE))
     raise Unfit(f"no {wanted} free TCP ports in a row below {first_dealt}; end what holds them")
+
+
+def _pin(pid: int, cores: Sequence[int]) -> None:
+    for thread in _threads(pid):
+        # A thread that has just ended needs no core.
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, cores)
 
 
 def _threads(pid: int) -> list[int]:

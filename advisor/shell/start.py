@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from advisor.core.cores import plan as deal_cores
 from advisor.core.errors import Unfit
 from advisor.core.records import EngineSettings, MpsEvidence, Protocol, RawTrial, Stage, Teardown, TrialSpec, Workload
 from advisor.core.settings import serve_arguments, serve_environment
@@ -79,6 +80,7 @@ class Start:
         self.windows = 0  # that were begun
         self.unfinished = False  # whether a window's end cut requests off
         self._asked: list[str] = []
+        self._placed: list[list[int]] = []  # the cores that each engine has now
         self._daemon: mps.Daemon | None = None
         self._engines: Engines | None = None
 
@@ -104,8 +106,10 @@ class Start:
         self._engines.wait_ready(
             self._protocol.engine_start_timeout_s, lambda ready: say(f"starting engines, {ready} of {total} ready")
         )
+        self._placed = self._cores_at_launch()
         if self.spec.split_cores:
             self._engines.split_cores()
+            self._placed = self.spec.engine_cores
 
     def _start_daemon(self) -> dict[str, str]:
         if not self.spec.mps:
@@ -141,8 +145,17 @@ class Start:
                 cores=cores,
                 log=self.directory / f"engine-{index}.log",
             )
-            for index, cores in enumerate(self.spec.engine_cores)
+            for index, cores in enumerate(self._cores_at_launch())
         ]
+
+    def _cores_at_launch(self) -> list[list[int]]:
+        """All engines start alike, those as well that are to rest first: dealt the cores as if all of them worked."""
+        if all(self.spec.engine_cores):
+            return self.spec.engine_cores
+        placed = deal_cores(self.place.manifest.host.cores, self.spec.engines + self.spec.idle_engines)
+        if placed is None:
+            raise ValueError("engines that cannot be placed together cannot be started together")
+        return placed.engine_cores
 
     def _sockets(self) -> dict[str, str]:
         """Where vLLM makes its sockets: it leaves them there, and here they go with the rest. Not where the path of one
@@ -154,8 +167,10 @@ class Start:
 
     # -- between windows
 
-    def next_window(self, workload: Workload) -> None:
-        """Make sure that the engines are fit for a window. Raises EngineFailed, MpsQueryError; Unfit for company."""
+    def next_window(self, spec: TrialSpec, workload: Workload) -> None:
+        """Make sure that the engines are fit for this trial's window, and on the cores that they are to have there.
+        Raises EngineFailed, MpsQueryError; Unfit for company.
+        """
         self.windows += 1
         if self.windows > 1:
             self.engines.check()
@@ -166,6 +181,9 @@ class Start:
             if self.unfinished:
                 self.engines.wait_idle(IDLE_TIMEOUT_S)
                 self.unfinished = False
+        if spec.engine_cores != self._placed:
+            self.engines.pin(spec.engine_cores)
+            self._placed = spec.engine_cores
         prompts = self._fixed_prompts(workload)
         # Once per start: they say what the engines compute, and that is the same under any load.
         if prompts != self._asked:

@@ -71,7 +71,7 @@ class LoadWindow:
     def run(self) -> None:
         """Raises EngineFailed, LoadFailed and MpsQueryError; `seen` then holds what there is."""
         self._clock.stage("check")
-        self._start.next_window(self._workload)
+        self._start.next_window(self._spec, self._workload)
         # Now that the engines are idle: beside a load the cores would show how busy they are, not how fast.
         self.seen.core_speeds = core_speeds(self._cores())
         load = self._start_load()
