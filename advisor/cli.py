@@ -50,6 +50,11 @@ class WorkloadName(StrEnum):
     decode = "decode"
 
 
+class ProtocolName(StrEnum):
+    fast = "fast"
+    full = "full"
+
+
 class Weights(StrEnum):
     auto = "auto"
     dummy = "dummy"
@@ -157,6 +162,13 @@ def profile(
     out: OutOption = None,
     vllm: VllmOption = None,
     resume: ResumeOption = False,
+    protocol: Annotated[
+        ProtocolName | None,
+        typer.Option(
+            help="fast: an answer in minutes from single starts; full: what decides is started again. "
+            "[default: full; in a replay what was recorded]",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, the memory and the minutes; touch no GPU.")
     ] = False,
@@ -189,6 +201,7 @@ def profile(
         out=out,
         resume=resume,
         vllm=vllm,
+        protocol=None if protocol is None else protocol.value,
     )
     if dry_run:
         typer.echo(profiling.plan(asked, as_json=format is Format.json), nl=False)

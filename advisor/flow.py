@@ -10,6 +10,7 @@ import msgspec
 from advisor.core import search
 from advisor.core.errors import NotRecorded
 from advisor.core.outline import Outline
+from advisor.core.quick import Quick
 from advisor.core.recommend import conclude
 from advisor.core.records import Manifest, Question, RawTrial, Report, TrialSpec
 from advisor.core.tried import Tried, candidate, is_retry, judge, key
@@ -41,7 +42,7 @@ def profile(
     `finish` is called when no more trials come: engines that were kept for another one are then to be ended.
     """
     tried: list[Tried] = []
-    story = search.Search(manifest).story()
+    story = (Quick if manifest.protocol.quick else search.Search)(manifest).story()
     spec = next(story)
     while True:
         try:

@@ -24,6 +24,7 @@ from advisor.core import plan as planning
 from advisor.core.errors import BadQuestion, NoHonestAnswer, NotRecorded, Unfit
 from advisor.core.model import check_context, facts
 from advisor.core.records import (
+    FAST,
     FULL,
     LIGHT_LOAD,
     SCHEMA_VERSION,
@@ -83,6 +84,7 @@ class Asked:
     out: Path | None
     resume: bool
     vllm: str | None
+    protocol: Literal["fast", "full"] | None = None  # None: full, or in a replay what was recorded
 
 
 def _workload(asked: Asked) -> Workload:
@@ -109,6 +111,8 @@ def _question(asked: Asked, model: ModelFacts) -> Question:
         raise BadQuestion(
             f"--slo: requests of --workload {workload.kind} show no {name.split('_')[0]}; leave out {name}"
         )
+    if asked.protocol == "fast" and asked.concurrency == "auto":
+        raise BadQuestion("--protocol fast looks for no load; give --concurrency a number, or use --protocol full")
     longest = as_served(workload)
     check_context(model, longest.isl, longest.osl)
     apart = 0 if workload.osl_range else spread(workload.kind, longest.isl, workload.osl, model.max_context)
@@ -171,7 +175,7 @@ def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text:
     if where == "auto":
         if asked.model is None or workload is None:
             raise BadQuestion("--replay auto needs --model and --ctx to choose a recorded run; or give --replay DIR")
-        folder = replay.choose(asked.model, workload, auto=asked.concurrency == "auto")
+        folder = replay.choose(asked.model, workload, auto=asked.concurrency == "auto", protocol=asked.protocol)
         manifest = folder.manifest()
     else:
         folder = replay.open_run(Path(where))
@@ -183,6 +187,7 @@ def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text:
     for option, wanted, recorded in (
         ("--quantization", asked.quantization, manifest.model.quantization),
         ("--max-engines", asked.max_engines, manifest.question.max_engines),
+        ("--protocol", asked.protocol, replay.protocol_of(manifest)),
         ("--dtype", None if asked.dtype == "auto" else asked.dtype, manifest.model.dtype),
         (
             "--kv-cache-dtype",
@@ -225,7 +230,7 @@ def plan(asked: Asked, *, as_json: bool) -> str:
     question = _question(asked, model)
     gpu, host, assumed = _machine_for_plan(asked.gpu)
     base = _settings(model, gpu, question)
-    manifest = _manifest(question, model, gpu, host, base, _software(None))
+    manifest = _manifest(question, model, gpu, host, base, _software(None), protocol_for(question.slo, asked.protocol))
     most_by_cores = cores.most_engines(host.cores)
     sums, most_by_memory = [assumed] if assumed else [], 0
     for engines in range(1, max(1, min(question.max_engines, most_by_cores)) + 1):
@@ -330,7 +335,8 @@ def bench(
         stand_ins = _stand_ins(model, scratch)
         if stand_ins is not None:
             base = msgspec.structs.replace(base, load_format="auto")
-        manifest = _manifest(question, model, gpu, machine, base, _software(vllm, torch_version()))
+        protocol = protocol_for(question.slo, asked.protocol)
+        manifest = _manifest(question, model, gpu, machine, base, _software(vllm, torch_version()), protocol)
         with GpuLock(gpu.uuid):
             found_here = ceilings.measured(gpu, ceilings.cache_folder())
             with Nvml() as nvml:
@@ -426,13 +432,19 @@ def _resumed(folder: RunFolder, fresh: Manifest, out: Path | None) -> Manifest:
 
 
 def _manifest(
-    question: Question, model: ModelFacts, gpu: GpuFacts, host: HostFacts, base: EngineSettings, software: Software
+    question: Question,
+    model: ModelFacts,
+    gpu: GpuFacts,
+    host: HostFacts,
+    base: EngineSettings,
+    software: Software,
+    protocol: Protocol,
 ) -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created=now(),
         question=question,
-        protocol=protocol_for(question.slo),
+        protocol=protocol,
         model=model,
         gpu=gpu,
         host=host,
@@ -450,9 +462,10 @@ def _ceilings(gpu: str) -> Ceilings | None:
     return msgspec.convert(load_yaml(known)["ceilings"], Ceilings)
 
 
-def protocol_for(objectives: Mapping[str, float]) -> Protocol:
+def protocol_for(objectives: Mapping[str, float], name: Literal["fast", "full"] | None = None) -> Protocol:
     """Today's protocol; under latency objectives with one more load, for they are often kept at small ones only."""
-    return msgspec.structs.replace(FULL, curve=[LIGHT_LOAD, *FULL.curve]) if objectives else FULL
+    protocol = FAST if name == "fast" else FULL
+    return msgspec.structs.replace(protocol, curve=[LIGHT_LOAD, *protocol.curve]) if objectives else protocol
 
 
 def _software(vllm: str | None, torch: str | None = None) -> Software:

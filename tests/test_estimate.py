@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.core.estimate import estimate, gain, half_width, ratio_of_windows, spread
+from advisor.core.estimate import ASSUMED, assumed, estimate, gain, half_width, ratio_of_windows, spread
 from advisor.core.intervals import mean_of_logs, student_t_90
 from advisor.core.records import Measurement, Value
+from advisor.core.tried import candidate, judge
+from advisor.shell.store import RunFolder
 
 rates = st.lists(st.floats(min_value=10.0, max_value=1e5), min_size=4, max_size=12)
 
@@ -151,3 +155,27 @@ def test_errors_of_two_kinds_are_independent_and_those_of_one_kind_are_not():
     alike = gain(estimate(one, second, "one"), estimate(base, first, "one"))
     assert apart.value == pytest.approx(alike.value)
     assert half_width(apart) < half_width(alike)
+
+
+def test_what_starts_are_assumed_to_differ_by_is_what_they_did_in_the_recorded_runs():
+    """All candidates of recorded profiles that were started twice and more at full load, by how long the GPU idled."""
+    groups: dict[str, list[list[Measurement]]] = {}
+    data = Path(__file__).parent.parent / "data"
+    for folder in sorted(path.parent for path in data.glob("**/manifest.json")):
+        if not re.search("call-|cut-short|full|repeats", folder.name):
+            continue  # those before second starts were made
+        run = RunFolder(folder)
+        load, starts = run.manifest().question.workload.concurrency, {}
+        for one in (judge(raw) for raw in run.trials() if raw.spec.kind == "load"):
+            # A window of the same start with other prompts is no candidate of its own here.
+            if one.ok and one.spec.workload.concurrency == load:
+                starts.setdefault(candidate(one.spec), []).append(one.measurement)
+        for seen in starts.values():
+            if len(seen) > 1:
+                idle = statistics.mean(one.gpu_idle_pct for one in seen)
+                groups.setdefault(assumed(idle).kind, []).append(seen)
+    assert sum(map(len, groups.values())) >= 25
+    for _, kind, variance in ASSUMED:
+        found = spread(groups[kind])
+        assert math.sqrt(found.variance) == pytest.approx(math.sqrt(variance.variance), rel=0.1)
+        assert found.dof == pytest.approx(variance.dof, rel=0.1)

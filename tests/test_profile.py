@@ -172,6 +172,30 @@ def test_a_profile_with_tuning_second_starts_and_curves_says_live_what_its_repla
     assert bench.processes() == []
 
 
+def test_the_fast_protocol_says_live_what_its_replay_says_and_starts_engines_twice(bench):
+    out = bench.directory / "fast"
+    asked = ("--model", str(bench.tiny), *WORKLOAD, "--thread-percentages", "none", "--max-engines", "2")
+    bench.gpu(gpm_values=[40.0, 30.0, 20.0, 10.0, 30.0])
+    live = bench.run(*asked, "--protocol", "fast", "--out", str(out), "--format", "json")
+    assert live.returncode in (0, 4), live.stderr
+    report = report_of(live)
+    names = [path.name for path in trials(out)]
+    assert names[:3] == [
+        "000-1-engine-no-mps-of-2.json.gz", "001-2-engines-no-mps.json.gz", "002-2-engines-mps.json.gz",
+    ]  # fmt: skip
+    began = [json.loads(gzip.decompress(path.read_bytes()))["started"] for path in trials(out)[:3]]
+    assert began[0] == began[1] != began[2]
+    assert report["protocol"]["quick"] and "single_starts" in {one["code"] for one in report["warnings"]}
+    assert {(one["engines"], one["mps"]) for one in report["candidates"] if one["outcome"] == "ok"} >= {
+        (1, False), (2, False), (2, True),
+    }  # fmt: skip
+    replayed = bench.run("--replay", str(out), *asked, "--protocol", "fast", "--format", "json")
+    assert without_stamp(report_of(replayed)) == without_stamp(report)
+    other = bench.run("--replay", str(out), *asked, "--protocol", "full")
+    assert_refused(other, 3, "--protocol fast, not full")
+    assert (bench.processes(), bench.gpu_processes(), bench.scratch()) == ([], [], [])
+
+
 def test_lengths_may_be_mixed_and_an_objective_that_nothing_meets_is_exit_4(bench):
     out = bench.directory / "mixed"
     asked = ("--model", str(bench.tiny), "--ctx", "32:96", "--osl", "8:24", "--concurrency", "8")

@@ -37,6 +37,7 @@ REMEDIES: dict[CautionCode, str] = {
     "load_busy": "Give the load generators faster or more cores.",
     "memory_left": "Find the process that holds it (nvidia-smi) and end it before measuring again.",
     "mixed_starts": "Measure again with another --out where a gain between the two hangs on it.",
+    "single_starts": "Use --protocol full before much hangs on a gain.",
     "not_measured": "Look at why, then measure again with another --out.",
     "power_capped": "Compare only with GPUs that have the same power limit.",
     "preemptions": "Lower --concurrency, or give each engine more KV cache.",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from advisor.core import numerics, slo
-from advisor.core.estimate import ALL, Estimate, estimate, spread
+from advisor.core.estimate import ALL, Estimate, assumed, estimate, spread
 from advisor.core.intervals import Variance
 from advisor.core.records import CurvePoint, EngineSettings, Measurement, Outcome, Percentiles, TrialSpec, Value
 from advisor.core.tried import Tried, candidate, slug
@@ -80,14 +80,19 @@ class Contender:
         return self.shown.measurement.throughput_tok_per_s if self.shown.measurement else None
 
 
-def contenders(loads: Sequence[Tried], concurrency: int, objectives: Mapping[str, float]) -> list[Contender]:
-    """The candidates of these load trials in the order of their first trial."""
+def contenders(
+    loads: Sequence[Tried], concurrency: int, objectives: Mapping[str, float], *, single_starts: bool = False
+) -> list[Contender]:
+    """The candidates of these load trials in the order of their first trial. `single_starts`: none was to be started
+    twice, so that how far starts differ is assumed.
+    """
     groups: dict[str, list[Tried]] = {}
     for one in loads:
         groups.setdefault(candidate(one.spec), []).append(one)
     full = {name: [one for one in group if _load(one) == concurrency] for name, group in groups.items()}
     met = {name: attempts for name, attempts in full.items() if attempts}  # others only while the load was looked for
-    between = _between([[one for one in attempts if one.ok] for attempts in met.values()])
+    working = [[one for one in attempts if one.ok] for attempts in met.values()]
+    between = None if single_starts else _between(working)
     return [_contender(attempts, groups[name], concurrency, objectives, between) for name, attempts in met.items()]
 
 
@@ -127,7 +132,7 @@ def _contender(
     everything: list[Tried],
     concurrency: int,
     objectives: Mapping[str, float],
-    between: Mapping[str, _Between],
+    between: Mapping[str, _Between] | None,
 ) -> Contender:
     starts = [one for one in attempts if one.ok]
     at_load: dict[int, list[Tried]] = {concurrency: starts}
@@ -137,11 +142,15 @@ def _contender(
 
     measured = {load: group for load, group in at_load.items() if group}
     quoted = {load: _quoted(group) for load, group in measured.items()}
-    mine = between.get(kind_of(attempts[0].spec), between[ALL])
-    known = {
-        load: estimate(_measurements(group), *_at(load == concurrency, mine, between[ALL]))
-        for load, group in quoted.items()
-    }
+    known = {}
+    for load, group in quoted.items():
+        seen = _measurements(group)
+        if between is None:
+            _, kind, variance = assumed(seen[0].gpu_idle_pct)
+            known[load] = estimate(seen, variance, kind)
+        else:
+            mine = between.get(kind_of(attempts[0].spec), between[ALL])
+            known[load] = estimate(seen, *_at(load == concurrency, mine, between[ALL]))
     # An objective has to be kept to by every start, also by the first.
     points = {load: _point(load, group, known[load]) for load, group in measured.items()}
     curve = [points[load] for load in sorted(points)] if len(at_load) > 1 else []
@@ -204,13 +213,22 @@ def _worst(seen: Sequence[Percentiles | None]) -> Percentiles | None:
     )
 
 
+def _unrestricted(one: Tried, loads: Sequence[Tried]) -> Tried | None:
+    """The same engines without a thread percentage: under MPS, or else without it, which computes the same."""
+    for mps in (True, False):
+        wanted = candidate(msgspec.structs.replace(one.spec, thread_percentage=None, mps=mps))
+        for other in loads:
+            if other.ok and candidate(other.spec) == wanted:
+                return other
+    return None
+
+
 def judge_logprobs(loads: Sequence[Tried]) -> list[Tried]:
     """A restricted engine has to give the log-probabilities that unrestricted engines with its settings give."""
     judged = []
     for one in loads:
         if one.ok and one.spec.thread_percentage is not None:
-            unrestricted = candidate(msgspec.structs.replace(one.spec, thread_percentage=None))
-            reference = next((other for other in loads if other.ok and candidate(other.spec) == unrestricted), None)
+            reference = _unrestricted(one, loads)
             verdict = numerics.judge_logprobs(
                 [engine.prompt_logprobs for engine in one.raw.engines],
                 [engine.prompt_logprobs for engine in reference.raw.engines] if reference else [],

@@ -28,6 +28,28 @@ LEAST_BETWEEN_STARTS = 0.003
 ALL = "all"
 
 
+class Assumed(NamedTuple):
+    """How far starts differ where the GPU idles for at most `idle_pct`: a kind's name, and the variance."""
+
+    idle_pct: float
+    kind: str
+    variance: Variance
+
+
+# Of 25 candidates that were started 2 to 8 times each on hosts C to H: `spread` of those of a kind, computed again from
+# the recorded runs by tests/test_estimate.py.
+ASSUMED = (
+    Assumed(2.0, "a busy GPU", Variance(0.003**2, 12.6)),
+    Assumed(10.0, "a GPU that waits a little", Variance(0.045**2, 6.5)),
+    Assumed(math.inf, "a GPU that waits", Variance(0.063**2, 12.9)),
+)
+
+
+def assumed(idle_pct: float | None) -> Assumed:
+    """What starts of such a candidate are taken to differ by where none was started twice. None: not known."""
+    return next(one for one in ASSUMED if (math.inf if idle_pct is None else idle_pct) <= one.idle_pct)
+
+
 class Estimate(NamedTuple):
     """A candidate's rate over its starts, on logarithms as in `intervals`, with its two errors.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from advisor.core import tuning
 from advisor.core.model import parameters
+from advisor.core.quick import MOST_TOGETHER, PERCENTAGES_FROM
 from advisor.core.records import EngineSettings, ModelFacts, Protocol, Question, Record, TrialKind, Workload
 from advisor.core.search import LOADS, MPS_CLIENTS
 from advisor.core.workload import prompt_tokens, turnover_tokens
@@ -78,7 +79,11 @@ def trial_plan(
     trial_s = _trial_s(question.workload, model, protocol)
     load = question.workload.concurrency
     larger = question.concurrency_auto or (default is not None and tuning.for_batch(default, load) != default)
-    return list(_trials(question, model, most, trial_s, protocol, larger)) if most >= 1 else []
+    if most < 1:
+        return []
+    if protocol.quick:
+        return list(_quick_trials(question, model, most, trial_s))
+    return list(_trials(question, model, most, trial_s, protocol, larger))
 
 
 def total_s(plan: Sequence[PlannedTrial]) -> Span:
@@ -164,6 +169,25 @@ def _trials(
         for mps in (False, True):
             purpose = f"the GPU's work alone of the best {'under' if mps else 'without'} MPS: do kernels overlap"
             yield _planned("steps", None, mps, None, purpose, True, span_s)
+
+
+def _quick_trials(question: Question, model: ModelFacts, most: int, trial_s: Span) -> Iterator[PlannedTrial]:
+    """What `quick.Quick` may run; how many engines there will be is read from the first window."""
+
+    def load(engines: int | None, mps: bool, purpose: str, start_s: Span, *, certain: bool = True) -> PlannedTrial:
+        return _planned("load", engines, mps, None, purpose, certain, _sum(start_s, trial_s, TEARDOWN_S))
+
+    together = f", of {min(most, MOST_TOGETHER)} that are started together where memory allows" if most > 1 else ""
+    yield load(1, False, f"the default engine{together}", FIRST_START_S)
+    if most > 1:
+        # From the same start where that has them all.
+        yield load(None, False, "as many without MPS as its idle GPU asks for", (0.0, LATER_START_S[1]))
+        if most >= PERCENTAGES_FROM and _shares(question, model, None):
+            purpose = "are the model's matrix products right under the thread percentages"
+            yield _planned("numerics", None, True, None, purpose, False, NUMERICS_S)
+        yield load(None, True, "as many under MPS", LATER_START_S)
+        yield load(None, True, "one more, where that may help", (0.0, 0.0), certain=False)
+    yield load(1, False, "one setting that may help one engine", LATER_START_S, certain=False)
 
 
 def _planned(

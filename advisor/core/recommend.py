@@ -32,7 +32,7 @@ from advisor.core.roofline import throughput_bound
 from advisor.core.run_cautions import cautions
 from advisor.core.tried import Tried, slug
 from advisor.core.waterfall import waterfall
-from advisor.core.wording import because, name, of_the_gpu, rate, rival_missing, sentence, times, unit
+from advisor.core.wording import because, name, of_the_gpu, rate, rival_missing, sentence, tied, times, unit
 
 # Candidates within 3 % of the best are as good; the simplest of them is advised.
 AS_GOOD = 1.03
@@ -144,7 +144,9 @@ def _rough_gains(field: Field, choice: Contender | None) -> Unsure:
 def _rows(manifest: Manifest, tried: Sequence[Tried], outline: Outline) -> tuple[Field, list[Row], list[Candidate]]:
     loads = judge_logprobs([one for one in tried if one.spec.kind == "load"])
     checks = [one for one in tried if one.spec.kind == "numerics"]
-    field = Field(manifest, outline, contenders(loads, outline.concurrency, manifest.question.slo))
+    single_starts = manifest.protocol.quick
+    found = contenders(loads, outline.concurrency, manifest.question.slo, single_starts=single_starts)
+    field = Field(manifest, outline, found)
     rows = [(one, row(field, one, checks)) for one in field.all]
     return field, rows, [left_out(manifest, one, checks) for one in outline.left_out]
 
@@ -215,7 +217,7 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], 
     allowed = [(one, row) for one, row in running if not one.mps or alone or _clears(field, one, threshold)]
     if not allowed:
         return _inconclusive("nothing without MPS was started often enough to compare MPS with")
-    choice, chosen, doubted = _choose(field, allowed, threshold)
+    choice, chosen, doubted, ties = _choose(field, allowed, threshold)
     if doubted is not None:
         other, row = doubted
         return _inconclusive(
@@ -249,6 +251,7 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], 
         sentence=sentence(field, chosen, ok, threshold) + rival_missing(field, chosen, candidates),
         because=[
             *because(field, chosen, ok, threshold, _single(field, rows), _row_of(rows, field.best_without)),
+            *(tied(field, row, _gain_over(other, choice)) for other, row in ties),
             *of_the_gpu(profile),
         ],
         cost_of_mps=deployment.COST_OF_MPS if chosen.mps else [],
@@ -258,10 +261,20 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], 
     return Verdict(advised, choice)
 
 
-def _choose(field: Field, allowed: Sequence[Row], threshold: float) -> tuple[Contender, Candidate, Row | None]:
-    """The simplest that nothing less simple beats beyond noise; and the fastest of which that cannot be told, if any.
+class _Choice(NamedTuple):
+    """What was chosen, the fastest of which it cannot be told that it is no better, and what is taken for as good."""
 
-    Which candidates there are to choose from was decided by first starts; this is decided by the later ones.
+    contender: Contender
+    candidate: Candidate
+    doubted: Row | None
+    ties: Sequence[Row]
+
+
+def _choose(field: Field, allowed: Sequence[Row], threshold: float) -> _Choice:
+    """The simplest that nothing less simple beats beyond noise.
+
+    Which candidates there are to choose from was decided by first starts; this is decided by the later ones. Where
+    nothing was to be started twice, few things are told apart: what is not seen to be faster is taken for as good.
     """
     first, *others = sorted(allowed, key=lambda row: (_simplicity(field, row[1]), -row[0].rate))
     chosen, doubted = first, []
@@ -272,7 +285,11 @@ def _choose(field: Field, allowed: Sequence[Row], threshold: float) -> tuple[Con
             case "unclear":
                 doubted.append(one)
     left = [one for one in doubted if _compare(_gain_over(one[0], chosen[0]), threshold) == "unclear"]
-    return *chosen, max(left, key=lambda one: one[0].rate, default=None)
+    ties: list[Row] = []
+    if field.manifest.protocol.quick:
+        ties = [one for one in left if _gain_over(one[0], chosen[0]).value <= AS_GOOD]
+        left = [one for one in left if one not in ties]
+    return _Choice(*chosen, max(left, key=lambda one: one[0].rate, default=None), ties)
 
 
 def _compare(gained: Value, threshold: float) -> Literal["better", "no better", "unclear"]:

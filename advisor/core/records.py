@@ -28,7 +28,7 @@ Ended = Literal["completed", "oom", "crash", "timeout", "not_attached", "refused
 CautionCode = Literal[
     "coalesced", "coarse_stream", "cpu_contention", "drift", "dummy_weights", "load_busy", "memory_left",
     "mixed_starts", "not_measured", "power_capped", "preemptions", "processes_left", "repeated", "settings_unverified",
-    "start_failed", "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines",
+    "single_starts", "start_failed", "steal", "teardown_unproven", "throttled", "uneven_cores", "unequal_engines",
     "young_front_end",
 ]  # fmt: skip
 Status = Literal["recommend", "inconclusive", "infeasible", "no_slo"]
@@ -174,6 +174,7 @@ class Protocol(Record, frozen=True):
     first_precision: float = 0.0  # the same for first starts, which only choose
     first_min_s: float | None = None  # their shortest window; None: as `measure_min_s`
     first_max_s: float = 20.0
+    quick: bool = False  # few starts, each for several numbers of engines, and none twice (see `quick`)
 
 
 FULL = Protocol(
@@ -196,6 +197,20 @@ FULL = Protocol(
     gain_precision=0.05,
     # Where one engine waits for cores that change their speed, halves of 30 s windows were up to 0.25 apart (4 of 38
     # were above 0.15): rough, but the blocks' interval says so.
+    unsteady_log=0.30,
+)
+# What `--protocol fast` does; windows that share a start are shorter than those that each pay for one.
+FAST = Protocol(
+    quick=True,
+    tune=True,
+    curve=[0.25, 0.5],
+    curve_min_s=6.0,
+    warmup_min_s=3.0,
+    measure_turnovers=4.0,
+    measure_min_s=8.0,
+    first_precision=0.02,
+    first_min_s=8.0,
+    first_max_s=12.0,
     unsteady_log=0.30,
 )
 # The share of the load that only latency objectives ask for: without them a finalist's curve has three points.

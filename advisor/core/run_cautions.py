@@ -9,7 +9,7 @@ import msgspec
 
 from advisor.core.candidates import Field
 from advisor.core.cautions import caution, teardown_cautions
-from advisor.core.estimate import ratio_of_windows
+from advisor.core.estimate import ASSUMED, ratio_of_windows
 from advisor.core.measure import load_s_per_piece
 from advisor.core.records import ACCIDENTS, Caution, EngineSettings
 from advisor.core.tried import Tried, slug
@@ -31,6 +31,7 @@ def cautions(field: Field, tried: Sequence[Tried], advised: EngineSettings | Non
         *_not_measured(field, tried),
         *_repeated(field),
         *_mixed(tried),
+        *_single_starts(field),
         *_drift(field),
         *_settings(field, advised),
     ]
@@ -87,6 +88,18 @@ def _mixed(tried: Sequence[Tried]) -> Iterator[Caution]:
         yield caution(
             "mixed_starts",
             f"In {sum(forked)} of {len(forked)} trials engines were forked, in the others started; rates may differ.",
+        )
+
+
+def _single_starts(field: Field) -> Iterator[Caution]:
+    """Nobody may take intervals that rest on other machines' starts for measured ones."""
+    if field.manifest.protocol.quick:
+        shares = ", ".join(f"{100 * math.sqrt(one.variance.variance):.1f} %" for one in ASSUMED)
+        bounds = " and ".join(f"{one.idle_pct:.0f} %" for one in ASSUMED[:-1])
+        yield caution(
+            "single_starts",
+            f"Every candidate was started once, and no baseline closes the run. Intervals assume that starts differ as "
+            f"they did in recorded runs: by {shares} where the GPU idles for at most {bounds} and for more.",
         )
 
 

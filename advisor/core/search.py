@@ -277,14 +277,24 @@ class Search:
     def _thread_percentages(self, winner: Tried) -> Chapter:
         """Check the model's products at each percentage first; only what computes correctly becomes a candidate."""
         engines, base = winner.spec.engines, winner.spec.settings or self._for(winner.spec.engines)
-        wanted = specs.percentages(self._manifest, engines)
+        for percentage in (yield from self._right(engines, specs.percentages(self._manifest, engines), base)):
+            restricted = yield from self._measured(self._spec(engines, mps=True, percentage=percentage, base=base))
+            # What gives other log-probabilities is no candidate, and must not take the second start of one.
+            if restricted.ok and not judge_logprobs([winner, restricted])[1].ok:
+                self._several_tried.remove(restricted)
+
+    def _right(
+        self, engines: int, wanted: Sequence[int], base: EngineSettings
+    ) -> Generator[TrialSpec, Tried, list[int]]:
+        """Those of the percentages at which the model's own products are right; the others are left out."""
         if not wanted:
-            return
+            return []
         if why := _cannot_check(self._manifest):
             for percentage in wanted:
                 self._leave_out(engines, True, percentage, "skipped", why, base=base)
-            return
-        checked = yield specs.numerics_spec(self._manifest, wanted, base)
+            return []
+        checked = yield specs.numerics_spec(self._manifest, list(wanted), base)
+        right = []
         for percentage in wanted:
             if not checked.ok or checked.raw.numerics is None:
                 why = f"numerics check failed: {checked.why}"
@@ -296,10 +306,8 @@ class Search:
                 outcome: Outcome = "skipped" if verdict.worst_error is None else "wrong_results"
                 self._leave_out(engines, True, percentage, outcome, verdict.why or "", verdict.worst_error, base=base)
                 continue
-            restricted = yield from self._measured(self._spec(engines, mps=True, percentage=percentage, base=base))
-            # What gives other log-probabilities is no candidate, and must not take the second start of one.
-            if restricted.ok and not judge_logprobs([winner, restricted])[1].ok:
-                self._several_tried.remove(restricted)
+            right.append(percentage)
+        return right
 
     def _again(self, default: Tried) -> Chapter:
         """Second starts of what the verdict is made of, each with the loads of its curve; the default engine last, so

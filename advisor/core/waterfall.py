@@ -29,10 +29,12 @@ def waterfall(
     last = choice if choice is not None and choice.mps else _best_with_a_rival(everyone)
     if last is None:
         return None
-    unrestricted = last if last.percentage is None else _like(everyone, last, mps=True)
+    # Where percentages were tried at once, they and MPS are one step.
+    unrestricted = last if last.percentage is None else _like(everyone, last, mps=True) or last
     without = _like(everyone, last, mps=False)
-    if unrestricted is None or without is None:
+    if without is None:
         return None
+    at = "" if unrestricted.percentage is None else f", {unrestricted.percentage} % of the threads each"
     several = f"{last.engines} engines without MPS"
     if last.settings is not None and tuned.settings is not None and last.settings != tuned.settings:
         said = tuning.words(last.settings, tuned.settings)
@@ -41,7 +43,7 @@ def waterfall(
     chain = [
         ("tuned", changes or "no setting helped", default, tuned),
         ("engines", several, tuned, without),
-        ("mps", f"{last.engines} engines under MPS", without, unrestricted),
+        ("mps", f"{last.engines} engines under MPS{at}", without, unrestricted),
         ("thread_percentages", f"{last.percentage} % of the threads each", unrestricted, last),
     ]
     return [_step(*link) for link in chain if link[2] is not link[3]]

@@ -120,6 +120,11 @@ def rival_missing(field: Field, choice: Candidate, candidates: Sequence[Candidat
     return ""
 
 
+def tied(field: Field, one: Candidate, gained: Value) -> str:
+    """Why something that may be faster is not advised."""
+    return f"{name(field, one)}: {times(gained)} of that, not told apart by single starts; the simpler is advised."
+
+
 def because(
     field: Field,
     choice: Candidate,

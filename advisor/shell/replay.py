@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from advisor.core.errors import NotRecorded
 from advisor.core.records import Manifest, ModelFacts, RawTrial, TrialSpec, Workload
@@ -51,10 +52,23 @@ def _length(mean: int, between: tuple[int, int] | None) -> str:
     return f"{between[0]}:{between[1]}" if between else str(mean)
 
 
-def choose(model: str | None, workload: Workload | None, *, auto: bool = False) -> RunFolder:
+def protocol_of(manifest: Manifest) -> Literal["fast", "full"]:
+    """By which of today's names a profile was recorded."""
+    return "fast" if manifest.protocol.quick else "full"
+
+
+def choose(
+    model: str | None,
+    workload: Workload | None,
+    *,
+    auto: bool = False,
+    protocol: Literal["fast", "full"] | None = None,
+) -> RunFolder:
     """The shipped run that fits a question exactly. Raises NotRecorded that lists what there is."""
     runs = [(folder, folder.manifest()) for folder in shipped_runs()]
     runs = [(folder, manifest) for folder, manifest in runs if manifest.ablation is None]
+    if protocol is not None:
+        runs = [(folder, manifest) for folder, manifest in runs if protocol_of(manifest) == protocol]
     fitting = [(folder, manifest) for folder, manifest in runs if fits(manifest, model, workload, auto=auto)]
     if fitting:
         # Among runs of the same question the one that was recorded as a live run would be now comes first.

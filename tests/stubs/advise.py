@@ -7,6 +7,8 @@ Everything else (processes, daemon, sockets, signals, files) is real.
 import os
 import sys
 
+import msgspec
+
 import advisor.core.tuning
 from advisor.core.records import HostFacts, Protocol
 
@@ -46,5 +48,6 @@ if __name__ == "__main__":
 
     host.facts = host_facts
     advisor.profiling.FULL = protocol()
+    advisor.profiling.FAST = msgspec.structs.replace(protocol(), quick=True, tune=True, curve=[0.5])
     ceilings.measured = lambda gpu, folder: None  # its GPU is none
     sys.exit(main())
