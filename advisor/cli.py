@@ -14,6 +14,9 @@ import typer
 
 from advisor import __version__
 from advisor.core.errors import AdvisorError, BadQuestion
+from advisor.options import objectives as _objectives
+from advisor.options import share as _share
+from advisor.options import stdout as _stdout
 from advisor.shell.interrupts import stop_on_signals
 
 if TYPE_CHECKING:
@@ -346,33 +349,6 @@ def _concurrency(text: str) -> int | Literal["auto"]:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise BadQuestion(f"--concurrency is “{text}”; a whole number from 1 on, or auto, is expected")
     return int(text)
-
-
-def _objectives(text: str) -> dict[str, float]:
-    from advisor.core.slo import parse
-
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise BadQuestion(f"--slo: {error}") from None
-
-
-def _share(text: str, option: str) -> float:
-    """“10%” and “0.1” are the same share."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value < (10 if text.endswith("%") else 1):
-        raise BadQuestion(f"{option} is “{text}”; a share like 10% or 0.1 is expected")
-    return value
-
-
-def _stdout() -> Console:
-    from rich.console import Console
-
-    # When piped, lines are never cut or wrapped at the width of a terminal that is not there.
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 80)
 
 
 def _stderr() -> Console:

@@ -180,8 +180,7 @@ def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text:
     else:
         folder = replay.open_run(Path(where))
         manifest = folder.manifest()
-        if manifest.ablation is not None:
-            raise NotRecorded(f"{where} holds an ablation, not a profile: replay it with mps-advisor ablate")
+        _refuse_ablation(manifest, where)
         if not replay.fits(manifest, asked.model, workload, auto=asked.concurrency == "auto"):
             raise NotRecorded(f"{where} answers another question: {replay.describe(manifest)}")
     for option, wanted, recorded in (
@@ -202,8 +201,6 @@ def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text:
     ):
         if wanted is not None and wanted != recorded:
             raise NotRecorded(f"{folder.path.name} was recorded with {option} {recorded or 'none'}, not {wanted}")
-    if manifest.ceilings is None:
-        manifest = msgspec.structs.replace(manifest, ceilings=_ceilings(manifest.gpu.name))
     # How the evidence is judged is today's question; which trials there are is the recorded one's.
     question = manifest.question
     if asked.min_gain is not None:
@@ -211,10 +208,29 @@ def replayed(asked: Asked, where: str, say: Callable[[str], None] = lambda text:
     if asked.slo is not None:
         _refuse_unseen(asked, question.workload.kind)
         question = msgspec.structs.replace(question, slo=asked.slo)
-    report = flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True, judged_by=question)
+    report = _judged(folder, manifest, question)
     if where == "auto":
         say(f"replayed {folder.path.name}, recorded on {manifest.created[:10]}; --replay DIR names another run")
     return report
+
+
+def as_recorded(where: Path) -> Report:
+    """The report of a run folder, by the question that it was recorded with."""
+    folder = replay.open_run(where)
+    manifest = folder.manifest()
+    _refuse_ablation(manifest, where)
+    return _judged(folder, manifest, manifest.question)
+
+
+def _judged(folder: RunFolder, manifest: Manifest, question: Question) -> Report:
+    if manifest.ceilings is None:
+        manifest = msgspec.structs.replace(manifest, ceilings=_ceilings(manifest.gpu.name))
+    return flow.profile(manifest, replay.Replay(folder), created=now(), replayed=True, judged_by=question)
+
+
+def _refuse_ablation(manifest: Manifest, where: Path | str) -> None:
+    if manifest.ablation is not None:
+        raise NotRecorded(f"{where} holds an ablation, not a profile: replay it with mps-advisor ablate")
 
 
 # ---------------------------------------------------------------- dry run

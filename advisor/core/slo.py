@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 
-from advisor.core.records import CurvePoint, Measurement, Percentiles
+from advisor.core.records import Candidate, CurvePoint, Measurement, Percentiles
 
-Seen = CurvePoint | Measurement  # whatever has latencies
+Seen = Candidate | CurvePoint | Measurement  # whatever has latencies
 
 _OBJECTIVE = re.compile(r"(ttft|itl|e2e)_(p50|p95|p99)\s*=\s*([\d.]+)\s*(ms|s)?", re.IGNORECASE)
 
