@@ -20,6 +20,7 @@ from advisor.core.schema import check_version, report_schema
 from advisor.report.as_json import dumps, loads, schema_text
 
 COMMITTED = Path(advisor.report.__file__).parent / "report.schema.json"
+SHIPPED = Path(__file__).parent.parent / "data"
 TEXT = dumps(report())
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -177,3 +178,10 @@ def test_what_never_was_a_version_is_damage(found):
 
 def test_the_present_version_is_accepted():
     assert check_version(SCHEMA_VERSION, "m.json") is None
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*/report.json")), ids=lambda path: path.parent.name)
+def test_every_report_that_is_shipped_can_be_read(path):
+    """They were written by earlier versions of the same schema_version: what came later has to have a default."""
+    assert loads(path.read_bytes(), str(path)).candidates
+    jsonschema.Draft202012Validator(report_schema()).validate(json.loads(path.read_bytes()))

@@ -755,9 +755,9 @@ class Overlap(Record, frozen=True):
     thread_percentage: int | None
     overlap: Figure
     host: Figure | None
-    busy: Figure | None
-    rest: Figure | None
     trial: str
+    busy: Figure | None = None  # came later, like `rest`: reports that were written before have neither
+    rest: Figure | None = None
 
 
 class Profile(Record, frozen=True):
