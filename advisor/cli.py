@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from advisor import __version__
+from advisor import __version__, cli_gate
 from advisor.core.errors import AdvisorError, BadQuestion
 from advisor.options import objectives as _objectives
 from advisor.options import share as _share
@@ -295,6 +295,9 @@ def ablate(
     taken_apart = any(one.expected_over_whole is not None for one in report.steps)
     turned = not report.ablation.parts and any(one.gain is not None for one in report.scheduling)
     raise typer.Exit(0 if taken_apart or turned else 4)
+
+
+app.command(epilog=cli_gate.EPILOG)(cli_gate.gate)
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:
