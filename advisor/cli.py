@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from advisor import __version__, cli_gate
+from advisor import __version__, cli_gate, cli_plan
 from advisor.core.errors import AdvisorError, BadQuestion
 from advisor.options import objectives as _objectives
 from advisor.options import share as _share
@@ -298,6 +298,7 @@ def ablate(
 
 
 app.command(epilog=cli_gate.EPILOG)(cli_gate.gate)
+app.command(epilog=cli_plan.EPILOG)(cli_plan.plan)
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:
