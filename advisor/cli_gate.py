@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from advisor.core.errors import BadQuestion
-from advisor.options import objectives, part, share, stdout
+from advisor.options import objectives, part, share, shown, stdout
 
 EPILOG = (
     "Example: mps-advisor gate report.json --baseline main.json --max-regression 5% --expect engines=4,mps=true "
@@ -99,7 +99,7 @@ def gate(
     if name := latencies.unseen(asked.slo, new.workload.kind):
         raise BadQuestion(f"--slo: requests of a {new.workload.kind} report show no {name}; leave it out")
     found = core.judge(new, old, asked)
-    names = str(report), None if baseline is None else str(baseline)
+    names = shown(report), None if baseline is None else shown(baseline)
     if format is GateFormat.table:
         from advisor.report.terminal import emit, width_of
 

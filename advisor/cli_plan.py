@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from advisor.core.errors import BadQuestion
-from advisor.options import objectives, part, stdout
+from advisor.options import objectives, part, shown, stdout
 
 if TYPE_CHECKING:
     from advisor.core.capacity import Demand
@@ -27,9 +27,7 @@ class PlanFormat(StrEnum):
 def plan(
     reports: Annotated[
         list[Path],
-        typer.Argument(
-            help="What profile --format json wrote, or run folders; each is one service.", metavar="REPORT…"
-        ),
+        typer.Argument(help="What profile --format json wrote, or run folders; each is one service.", metavar="REPORT"),
     ],
     rate: Annotated[
         list[str] | None,
@@ -61,7 +59,11 @@ def plan(
     ] = None,
     format: Annotated[PlanFormat, typer.Option("--format", help="What to print on stdout.")] = PlanFormat.table,
 ) -> None:
-    """GPUs for a demand, with the advice and without it, and what they cost."""
+    """GPUs for a demand, with the advice and without it.
+
+    And what they cost, a month and a million tokens, and the energy that these take. Exit 4 where a report recommends
+    nothing, or nothing that keeps to the objectives.
+    """
     from advisor.core import capacity as core
     from advisor.report import capacity as text
     from advisor.shell.reports import read_report
@@ -74,12 +76,12 @@ def plan(
         raise BadQuestion(f"--gpu-hour: {error}") from None
     free, wanted = part(headroom, "--headroom"), {} if slo is None else objectives(slo)
     asked = [
-        core.Asked(source=str(path), report=read_report(path), demand=demand, gpu_hour=price)
+        core.Asked(source=shown(path), report=read_report(path), demand=demand, gpu_hour=price)
         for path, demand, price in zip(reports, demands, prices, strict=True)
     ]
     found = core.plan(asked, free, wanted)
     if format is PlanFormat.json:
-        typer.echo(text.as_json(found))
+        typer.echo(text.as_json(found).encode())  # JSON is UTF-8, whatever the terminal's encoding
         return
     from advisor.report.terminal import emit, width_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advisor.core.errors import BadQuestion
@@ -28,6 +29,11 @@ def part(text: str, option: str) -> float:
     if value >= 1:
         raise BadQuestion(f"{option} is “{text}”; a share below 100%, like 10% or 0.1, is expected")
     return value
+
+
+def shown(path: Path) -> str:
+    """A path as text that can be printed, also where its name is no text at all."""
+    return str(path).encode(errors="replace").decode()
 
 
 def objectives(text: str) -> dict[str, float]:

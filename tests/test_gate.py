@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -491,6 +492,15 @@ def test_a_malformed_question_exits_2_with_one_line(words, said):
     done = run(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("format", ["table", "json", "junit", "github"])
+def test_a_file_whose_name_is_no_text_is_judged_all_the_same(tmp_path, format):
+    path = os.fsencode(tmp_path) + b"/\xff.json"
+    Path(os.fsdecode(path)).write_bytes(SMALL.read_bytes())
+    done = run(os.fsdecode(path), "--format", format)
+    assert done.returncode == 0, done.stderr
+    assert "?.json" in done.stdout
 
 
 def test_damaged_and_newer_reports_exit_3(tmp_path):

@@ -16,8 +16,8 @@ from typing import Literal
 from advisor.core import slo
 from advisor.core.advised import advised, named
 from advisor.core.errors import BadQuestion, DamagedRecord, NoHonestAnswer
-from advisor.core.records import Candidate, CurvePoint, Record, Report, Value
-from advisor.core.workload import output_tokens, prompt_tokens
+from advisor.core.records import Candidate, CurvePoint, Record, Report, Value, WorkloadKind
+from advisor.core.workload import output_tokens
 
 Counted = Literal["requests", "tokens"]
 Role = Literal["advised", "best_without_mps", "tuned", "default"]
@@ -85,14 +85,17 @@ class OverDemand(Record, frozen=True):
 
 
 class Service(Record, frozen=True):
-    """One report with its demand. `tokens_per_request` is the mean that was measured with."""
+    """One report with its demand. `tokens_per_request` is the mean that was measured with; decode has no requests, and
+    `tokens_in` is its context.
+    """
 
     report: str
     model: str
     gpu: str
     unit: Literal["tokens", "prompts"]
-    prompt_tokens: int
-    tokens_per_request: int
+    workload: WorkloadKind
+    tokens_in: int
+    tokens_per_request: int | None
     demand: Demand
     tokens_per_s: float
     gpu_hour: float | None
@@ -126,7 +129,7 @@ def read_demand(text: str, counted: Counted) -> Demand:
     Raises ValueError that says what is expected.
     """
     expected = "a number above zero like 400/s" if counted == "requests" else "a number above zero like 2e9/day"
-    number, slash, unit = (part.strip() for part in text.partition("/"))
+    number, slash, unit = (part.strip().lower() for part in text.partition("/"))
     if not slash and counted == "requests":
         unit = "s"
     if unit not in SECONDS:
@@ -218,8 +221,9 @@ def _service(asked: Asked, headroom: float, objectives: Mapping[str, float]) -> 
         model=report.model.name,
         gpu=report.gpu.name,
         unit="prompts" if load.kind == "prefill" else "tokens",
-        prompt_tokens=prompt_tokens(load),
-        tokens_per_request=each,
+        workload=load.kind,
+        tokens_in=load.isl,
+        tokens_per_request=None if load.kind == "decode" else each,
         demand=asked.demand,
         tokens_per_s=tokens_per_s,
         gpu_hour=asked.gpu_hour,

@@ -21,7 +21,8 @@ State = Literal["passed", "failed", "undecided"]
 Verdict = Literal["passed", "failed", "undecided", "not_comparable"]
 EXIT_CODES: dict[Verdict, int] = {"passed": 0, "failed": 1, "not_comparable": 3, "undecided": 4}
 
-# What a later report may lose where nobody says how much: with rates known to ±2 % an unchanged engine passes it.
+# What a later report may lose where nobody says how much: with rates known to ±2 % an unchanged engine nearly always
+# passes it.
 DEFAULT_MAX_REGRESSION = 0.05
 # Cores that differ by more than this are worth a word: the same host's differ by 7 % within an hour
 # (docs/measurement.md).

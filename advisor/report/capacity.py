@@ -51,7 +51,7 @@ def _service(service: Service, width: int) -> Iterator[Line]:
         demand += f" of {service.tokens_per_request:,} tokens out, {_number(service.tokens_per_s)} tokens/s"
     elif not service.demand.text.endswith("/s"):
         demand += f", {_number(service.tokens_per_s)} {service.unit}/s"
-    title = f"{clean(service.model)} on {clean(service.gpu)}: {demand}, {service.prompt_tokens:,} tokens in"
+    title = f"{clean(service.model)} on {clean(service.gpu)}: {demand}, {_in(service)}"
     if service.objectives:
         title += f", {slo.shown(service.objectives)}"
     yield from ((line, "bold") for line in wrap(title, width, "  "))
@@ -65,6 +65,10 @@ def _service(service: Service, width: int) -> Iterator[Line]:
     over = f", and what the advice saves a month over the {saved[1]} engine" if saved and service.gpu_hour else ""
     yield f"GPUs over the demand{over}:", "bold"
     yield from _narrow(lambda ends: _over_demand(service, ends), width)
+
+
+def _in(service: Service) -> str:
+    return f"decode at {service.tokens_in:,}" if service.workload == "decode" else f"{service.tokens_in:,} tokens in"
 
 
 def _narrow(table: Callable[[bool], Sequence[Line]], width: int) -> Sequence[Line]:
