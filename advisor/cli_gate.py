@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -15,6 +16,9 @@ EPILOG = (
     "Example: mps-advisor gate report.json --baseline main.json --max-regression 5% --expect engines=4,mps=true "
     "(docs/ci.md has a workflow)"
 )
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class GateFormat(StrEnum):
@@ -80,11 +84,8 @@ def gate(
     if baseline is None and (max_regression is not None or allow):
         option = "--allow" if allow else "--max-regression"
         raise BadQuestion(f"{option} compares with an earlier report; give it with --baseline")
-    try:
-        expected = {} if expect is None else core.read_expected(expect)
-        allowed = core.read_allowed(allow or [])
-    except ValueError as error:
-        raise BadQuestion(str(error)) from None
+    expected = {} if expect is None else _read(core.read_expected, expect, "--expect")
+    allowed = _read(core.read_allowed, allow or [], "--allow")
     asked = core.Asked(
         expect=expected,
         min_gain=None if min_gain is None else share(min_gain, "--min-gain"),
@@ -111,3 +112,11 @@ def gate(
         typer.echo(write(found, *names).encode())
         typer.echo(f"mps-advisor: {text.summary(found, *names)}", err=True)
     raise typer.Exit(found.exit_code)
+
+
+def _read(reader: Callable[[T], R], given: T, option: str) -> R:
+    """What `reader` makes of an option; its ValueError is the user's."""
+    try:
+        return reader(given)
+    except ValueError as error:
+        raise BadQuestion(f"{option}: {error}") from None

@@ -52,7 +52,7 @@ def plan(
     slo: Annotated[
         str | None,
         typer.Option(
-            help="Count on the throughput of the largest measured load that keeps to this, like ttft_p95=200ms. "
+            help="Count on the highest measured throughput that keeps to this, like ttft_p95=200ms. "
             "[default: what the report was asked for]",
             metavar="LIST",
         ),

@@ -172,8 +172,9 @@ def test_a_rate_of_requests_counts_the_tokens_that_were_measured_with():
     assert [one.per_s for one in by_rate.services[0].over_demand] == [25.0, 50.0, 100.0, 200.0, 400.0, 800.0]
 
 
-def test_energy_is_unknown_where_it_was_not_measured():
-    found = planned(invented(tokens_per_joule=None), tokens(1000.0))
+@pytest.mark.parametrize("unknown", [None, 0.0, -1.0, 1e-320])
+def test_energy_is_unknown_where_it_was_not_measured(unknown):
+    found = planned(invented(tokens_per_joule=unknown), tokens(1000.0))
     assert found.services[0].ways[0].energy_wh_per_million is None
     assert found.services[0].ways[1].energy_wh_per_million == pytest.approx(1e6 / 41.0 / 3600)
 

@@ -29,7 +29,7 @@ SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "hour": 3600.0, "day": 86400.0}
 # One a day and a trillion a second: what lies outside is a slip of the pen.
 LEAST_PER_S, MOST_PER_S = 1.0 / 86400.0, 1e12
 MOST_PER_HOUR = 1e6  # that a GPU may cost
-LEAST_TOK_PER_S = 1e-3  # no measurement of a GPU
+LEAST_TOK_PER_S, LEAST_TOK_PER_J = 1e-3, 1e-6  # what is less is no measurement of a GPU
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the demand, in the table over it
 # Quotients that are whole numbers but for the last bits of floating point are not rounded up.
 WHOLE = 1e-9
@@ -299,15 +299,21 @@ def _way(
     load = point.concurrency or asked.report.workload.concurrency
     # Energy was measured at the load that a candidate is quoted at, and only there.
     same_load = load == (one.concurrency or asked.report.workload.concurrency)
-    joule = one.tokens_per_joule if same_load else None
     return Way(
         roles=roles,
         name=name,
         throughput_tok_per_s=rate,
         concurrency=load,
-        energy_wh_per_million=1e6 / joule / JOULES_PER_WH if joule else None,
+        energy_wh_per_million=_energy(one.tokens_per_joule) if same_load else None,
         bill=bill(rate),
     )
+
+
+def _energy(tokens_per_joule: float | None) -> float | None:
+    """Wh for a million tokens; None where it was not measured, or is nothing that a GPU could do."""
+    if tokens_per_joule is None or tokens_per_joule < LEAST_TOK_PER_J:
+        return None
+    return 1e6 / tokens_per_joule / JOULES_PER_WH
 
 
 def _rate(point: Candidate | CurvePoint) -> float:
