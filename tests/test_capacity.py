@@ -29,7 +29,7 @@ SMALL = ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024-call-2" / "report.json"
 EARLIER = ROOT / "data" / "h200-qwen2.5-0.5b-serve-1024" / "report.json"
 LARGE = ROOT / "data" / "h200-qwen2.5-3b-serve-1024-call-2" / "report.json"
 PREFILL = ROOT / "data" / "h200-qwen2.5-0.5b-prefill-1024" / "report.json"
-SHIPPED = sorted((ROOT / "data").glob("*/report.json"))
+SHIPPED = sorted(set((ROOT / "data").glob("*/report.json")) - set((ROOT / "data").glob("*-ablate/*")))
 ONE = Value(value=1.0, low=1.0, high=1.0)
 
 

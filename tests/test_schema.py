@@ -180,7 +180,11 @@ def test_the_present_version_is_accepted():
     assert check_version(SCHEMA_VERSION, "m.json") is None
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*/report.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(set(SHIPPED.glob("*/report.json")) - set(SHIPPED.glob("*-ablate/*"))),
+    ids=lambda path: path.parent.name,
+)
 def test_every_report_that_is_shipped_can_be_read(path):
     """They were written by earlier versions of the same schema_version: what came later has to have a default."""
     assert loads(path.read_bytes(), str(path)).candidates
