@@ -177,5 +177,5 @@ def test_what_starts_are_assumed_to_differ_by_is_what_they_did_in_the_recorded_r
     assert sum(map(len, groups.values())) >= 25
     for _, kind, variance in ASSUMED:
         found = spread(groups[kind])
-        assert math.sqrt(found.variance) == pytest.approx(math.sqrt(variance.variance), rel=0.1)
-        assert found.dof == pytest.approx(variance.dof, rel=0.1)
+        assert math.sqrt(found.variance) == pytest.approx(math.sqrt(variance.variance), rel=0.05)
+        assert found.dof == pytest.approx(variance.dof, rel=0.05)

@@ -41,7 +41,7 @@ class Assumed(NamedTuple):
 ASSUMED = (
     Assumed(2.0, "a busy GPU", Variance(0.003**2, 12.6)),
     Assumed(10.0, "a GPU that waits a little", Variance(0.045**2, 6.5)),
-    Assumed(math.inf, "a GPU that waits", Variance(0.063**2, 12.9)),
+    Assumed(math.inf, "a GPU that waits", Variance(0.068**2, 12.9)),
 )
 
 
