@@ -53,6 +53,11 @@ class WorkloadName(StrEnum):
     decode = "decode"
 
 
+class PromptsName(StrEnum):
+    text = "text"
+    token_ids = "token_ids"
+
+
 class ProtocolName(StrEnum):
     fast = "fast"
     full = "full"
@@ -128,6 +133,9 @@ def profile(
         str, typer.Option(help="Output length in tokens; 64:256 for mixed lengths.", metavar="N|A:B")
     ] = "128",
     workload: Annotated[WorkloadName, typer.Option(help="What the requests look like.")] = WorkloadName.serve,
+    prompts: Annotated[
+        PromptsName, typer.Option(help="Whether engines have to tokenise their prompts, or are sent token ids.")
+    ] = PromptsName.text,
     concurrency: Annotated[
         str,
         typer.Option(
@@ -205,6 +213,7 @@ def profile(
         resume=resume,
         vllm=vllm,
         protocol=None if protocol is None else protocol.value,
+        prompts=prompts.value,
     )
     if dry_run:
         typer.echo(profiling.plan(asked, as_json=format is Format.json), nl=False)

@@ -34,6 +34,7 @@ from advisor.core.records import (
     HostFacts,
     Manifest,
     ModelFacts,
+    Prompts,
     Protocol,
     Question,
     Report,
@@ -85,6 +86,7 @@ class Asked:
     resume: bool
     vllm: str | None
     protocol: Literal["fast", "full"] | None = None  # None: full, or in a replay what was recorded
+    prompts: Prompts = "text"
 
 
 def _workload(asked: Asked) -> Workload:
@@ -102,6 +104,7 @@ def _workload(asked: Asked) -> Workload:
         concurrency=FIRST_LOAD if asked.concurrency == "auto" else asked.concurrency,
         isl_range=isl_range,
         osl_range=osl_range,
+        prompts=asked.prompts,
     )
 
 

@@ -10,6 +10,7 @@ A name given again is another start of the same.
     split                                              the engine core alone on its engine's first core
     warmupX  windowS                                   turnovers of warm-up, seconds of window
     loadedN                                            requests in flight
+    ids                                                prompts as token ids, not as text
     spreadP                                            output lengths drawn from osl ± P %
     idleN                                              N more engines that get no request
     again                                              another window of the start before, not another start
@@ -81,6 +82,8 @@ def variation(manifest: Manifest, name: str, number: int, last: TrialSpec | None
                 protocol = msgspec.structs.replace(protocol, measure_min_s=float(amount))
             case "loaded":
                 workload = msgspec.structs.replace(workload, concurrency=int(amount))
+            case "ids":
+                workload = msgspec.structs.replace(workload, prompts="token_ids")
             case "spread":
                 workload = msgspec.structs.replace(workload, osl_spread=round(workload.osl * float(amount) / 100))
             case "again":

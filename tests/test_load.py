@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from advisor.core.histogram import percentile
 from advisor.core.loads import by_engine
 from advisor.core.records import Workload
-from advisor.core.vocabulary import build_tokenizer
+from advisor.core.vocabulary import build_tokenizer, ids_of
 from advisor.core.workload import prompt_tokens
 from advisor.shell import load as load_module
 from advisor.shell.board import Board
@@ -323,6 +323,19 @@ def test_streams_are_counted_in_full_however_they_come(start_engine, load, tmp_p
         assert calibration.words == 24 - faults.get("bos", 0)
         asked = [json.loads(line) for line in (tmp_path / f"requests-{index}.jsonl").read_text().splitlines()]
         assert len(asked[-1]["prompt"].split()) == calibration.words
+
+
+def test_prompts_can_be_token_ids_of_single_words_and_no_two_are_alike(start_engine, load, tmp_path):
+    asked = msgspec.structs.replace(serve(4, isl=24, osl=6), prompts="token_ids")
+    # Nothing is added to ids, whatever the tokenizer adds to text.
+    loader = load([start_engine(bos=2)], asked)
+    (calibration,) = loader.wait_ready(20)
+    (raw,) = run(loader, completed=8)
+    assert (raw.failed, calibration.words, raw.prompt_tokens_min, raw.prompt_tokens_max) == (0, 24, 24, 24)
+    prompts = [request["prompt"] for request in requests_to(tmp_path)]
+    assert {len(prompt) for prompt in prompts} == {24} and len({tuple(prompt) for prompt in prompts}) == len(prompts)
+    known = set(ids_of(build_tokenizer(4000)[0]).values())
+    assert all(type(token) is int for token in prompts[0]) and known.issuperset(prompts[0])
 
 
 def test_prompts_of_mixed_lengths_lie_in_the_range_and_are_what_the_server_counts(start_engine, load, tmp_path):

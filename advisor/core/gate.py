@@ -333,6 +333,7 @@ def _workload(report: Report) -> dict[str, object]:
         "output spread": load.osl_spread,
         "in flight": load.concurrency,
         "temperature": load.temperature,
+        "prompts": load.prompts,
     }
 
 

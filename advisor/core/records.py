@@ -18,6 +18,7 @@ from msgspec import Struct
 SCHEMA_VERSION = 1
 
 WorkloadKind = Literal["serve", "prefill", "decode"]
+Prompts = Literal["text", "token_ids"]
 TrialKind = Literal["load", "numerics", "steps"]
 Part = Literal["attention", "mlp", "both"]
 Source = Literal["measured", "predicted", "bound", "vendor"]
@@ -113,6 +114,7 @@ class Workload(Record, frozen=True):
     Output lengths of "serve" are drawn evenly from `osl` ± `osl_spread`: `osl` is their mean. With `isl_range` or
     `osl_range` (least and most, inclusive) every request draws its own prompt or output length evenly from it, and
     `isl` or `osl` is the rounded mean. "serve" uses both ranges, "prefill" only `isl_range`, "decode" none.
+    `prompts` are sent as text, which the engines have to tokenise, or as token ids.
     """
 
     kind: WorkloadKind
@@ -124,6 +126,7 @@ class Workload(Record, frozen=True):
     seed: int = 0
     isl_range: tuple[int, int] | None = None
     osl_range: tuple[int, int] | None = None
+    prompts: Prompts = "text"
 
 
 class Question(Record, frozen=True):

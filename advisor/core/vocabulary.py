@@ -91,18 +91,26 @@ def build_tokenizer(vocab_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return tokenizer, config
 
 
-def words_of(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Words that are one token each when a space stands before them, from a `tokenizer.json`.
+def ids_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Words that are one token each when a space stands before them, from a `tokenizer.json`, with that token's id.
 
     Plain lower-case words only: the pre-tokenizers in use split before such a word and keep it whole, so a
     text of n of them is n tokens (and whatever the tokenizer adds at the start). Sorted, so that the same
-    tokenizer always gives the same list. Raises ValueError when there are too few to make unique prompts.
+    tokenizer always gives the same order. Raises ValueError when there are too few to make unique prompts.
     """
     vocab = tokenizer.get("model", {}).get("vocab", {})
-    names = vocab if isinstance(vocab, Mapping) else [entry[0] for entry in vocab]
-    words = sorted(
-        {name[1:] for name in names if isinstance(name, str) and name[:1] in SPACE_MARKS and _WORD.match(name[1:])}
-    )
-    if len(words) < 100:
-        raise ValueError(f"the tokenizer holds only {len(words)} plain words that are one token each; 100 are needed")
-    return words
+    # A list of pieces with their scores, or ids by name.
+    named = vocab.items() if isinstance(vocab, Mapping) else ((entry[0], at) for at, entry in enumerate(vocab))
+    found = {
+        name[1:]: int(number)
+        for name, number in named
+        if isinstance(name, str) and name[:1] in SPACE_MARKS and _WORD.match(name[1:])
+    }
+    if len(found) < 100:
+        raise ValueError(f"the tokenizer holds only {len(found)} plain words that are one token each; 100 are needed")
+    return dict(sorted(found.items()))
+
+
+def words_of(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The words of `ids_of`."""
+    return list(ids_of(tokenizer))

@@ -120,6 +120,7 @@ def _title(report: Report, width: int) -> list[str]:
         " ".join(filter(None, [SHORT_DTYPE.get(model.dtype, model.dtype), model.quantization])),
         work,
         f"{load.concurrency} in flight",
+        *(["token ids"] if load.prompts == "token_ids" else []),
     ]
     lines = [parts[0]]
     for part in parts[1:]:

@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +40,7 @@ import msgspec
 
 from advisor.core import histogram
 from advisor.core.records import RawLoad, Record, Workload
-from advisor.core.vocabulary import words_of
+from advisor.core.vocabulary import ids_of
 from advisor.core.workload import output_range, prompt_range
 from advisor.shell.board import Board
 
@@ -206,11 +206,13 @@ class Exchange:
 
 
 class Client:
-    """Sends completions to the engines and counts what streams back."""
+    """Sends completions to the engines and counts what streams back. `vocabulary`: words that are one token, and its
+    id.
+    """
 
-    def __init__(self, config: LoadConfig, words: Sequence[str], session: aiohttp.ClientSession) -> None:
+    def __init__(self, config: LoadConfig, vocabulary: Mapping[str, int], session: aiohttp.ClientSession) -> None:
         self._config = config
-        self._words = words
+        self._words, self._ids = list(vocabulary), list(vocabulary.values())
         self._session = session
         self._urls = [f"{url.rstrip('/')}/v1/completions" for url in config.base_urls]
         self.events = 0
@@ -218,7 +220,7 @@ class Client:
     def now_s(self) -> float:
         return time.monotonic() - self._config.origin_s
 
-    async def complete(self, exchange: Exchange, prompt: str, max_tokens: int, timeout_s: float) -> None:
+    async def complete(self, exchange: Exchange, prompt: str | list[int], max_tokens: int, timeout_s: float) -> None:
         """Fill `exchange` until the answer is whole. Raises RequestFailed otherwise; what came until then stays."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -230,7 +232,7 @@ class Client:
         finally:
             exchange.ended_s = self.now_s()
 
-    async def _stream(self, exchange: Exchange, prompt: str, max_tokens: int) -> None:
+    async def _stream(self, exchange: Exchange, prompt: str | list[int], max_tokens: int) -> None:
         body = {
             "model": self._config.model,
             "prompt": prompt,
@@ -263,8 +265,10 @@ class Client:
         exchange.tokens = stream.completion_tokens
         exchange.prompt_tokens = stream.prompt_tokens
 
-    def prompt(self, rng: random.Random, words: int) -> str:
-        """Fresh text of `words` random words, each one token with the space before it."""
+    def prompt(self, rng: random.Random, words: int) -> str | list[int]:
+        """Fresh text of `words` random words, each one token with the space before it; or the ids of such tokens."""
+        if self._config.workload.prompts == "token_ids":
+            return rng.choices(self._ids, k=words)
         return " " + " ".join(rng.choices(self._words, k=words))
 
     async def calibrate(self) -> Calibration:
@@ -351,10 +355,10 @@ class ClosedLoop:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), RETRY_S)
 
-    def _prompt(self, rng: random.Random, tokens: tuple[int, int]) -> str:
+    def _prompt(self, rng: random.Random, tokens: tuple[int, int]) -> str | list[int]:
         return self._client.prompt(rng, rng.randint(*tokens) - self._extra)
 
-    async def _attempt(self, engine: int | None, prompt: str, max_tokens: int) -> bool:
+    async def _attempt(self, engine: int | None, prompt: str | list[int], max_tokens: int) -> bool:
         """Send one request to `engine`, or to the one with the fewest in flight; whether it brought a whole answer."""
         if engine is None:
             engine = self._board.choose()
@@ -562,14 +566,14 @@ async def serve(parent: Parent) -> None:
             if config.cores:
                 os.sched_setaffinity(0, config.cores)
             allow_a_connection_per_slot()
-            words = words_of(json.loads(Path(config.tokenizer).read_bytes()))
+            vocabulary = ids_of(json.loads(Path(config.tokenizer).read_bytes()))
             board = Board(Path(config.board), config.worker, config.workers, len(config.base_urls))
         except (OSError, ValueError) as error:
             raise WorkerError(f"{type(error).__name__}: {error}") from error
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         unlimited = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
         async with aiohttp.ClientSession(connector=connector, timeout=unlimited) as session:
-            client = Client(config, words, session)
+            client = Client(config, vocabulary, session)
             calibration = await client.calibrate()
             client.events = 0
             gc.collect()

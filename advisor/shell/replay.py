@@ -92,8 +92,9 @@ def fits(manifest: Manifest, model: str | None, workload: Workload | None, *, au
                 workload.concurrency,
                 workload.isl_range,
                 workload.osl_range,
+                workload.prompts,
             )
-            == (asked.kind, asked.isl, asked.osl, asked.concurrency, asked.isl_range, asked.osl_range)
+            == (asked.kind, asked.isl, asked.osl, asked.concurrency, asked.isl_range, asked.osl_range, asked.prompts)
         )
     )
 
