@@ -254,7 +254,7 @@ def _recommend(field: Field, rows: Sequence[Row], missing: Sequence[Candidate], 
             *(tied(field, row, _gain_over(other, choice)) for other, row in ties),
             *of_the_gpu(profile),
         ],
-        cost_of_mps=deployment.COST_OF_MPS if chosen.mps else [],
+        cost_of_mps=deployment.cost_of_mps(manifest.model, chosen),
         environment=deployment.environment(manifest, chosen),
         commands=deployment.commands(manifest, chosen),
     )
