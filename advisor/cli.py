@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from advisor import __version__, cli_gate, cli_plan
+from advisor import __version__, cli_deploy, cli_gate, cli_plan
 from advisor.core.errors import AdvisorError, BadQuestion
+from advisor.options import Format, FormatOption
 from advisor.options import objectives as _objectives
 from advisor.options import share as _share
 from advisor.options import stdout as _stdout
@@ -42,11 +43,6 @@ app = typer.Typer(
 )
 
 
-class Format(StrEnum):
-    table = "table"
-    json = "json"
-
-
 class WorkloadName(StrEnum):
     serve = "serve"
     prefill = "prefill"
@@ -68,7 +64,6 @@ class Weights(StrEnum):
     dummy = "dummy"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", help="What to print on stdout; progress goes to stderr.")]
 ModelOption = Annotated[
     str | None, typer.Option(help="Hugging Face id, folder with config.json, or a shipped model name.", metavar="M")
 ]
@@ -306,6 +301,7 @@ def ablate(
     raise typer.Exit(0 if taken_apart or turned else 4)
 
 
+app.command(epilog=cli_deploy.EPILOG)(cli_deploy.deploy)
 app.command(epilog=cli_gate.EPILOG)(cli_gate.gate)
 app.command(epilog=cli_plan.EPILOG)(cli_plan.plan)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from advisor.core.errors import BadQuestion
-from advisor.options import objectives, part, shown, stdout
+from advisor.options import Format, FormatOption, objectives, part, shown, stdout
 
 if TYPE_CHECKING:
     from advisor.core.capacity import Demand
@@ -17,11 +16,6 @@ if TYPE_CHECKING:
 EPILOG = "Example: mps-advisor plan report.json --rate 400/s --gpu-hour 3.50 (docs/plan.md works it by hand)"
 
 T = TypeVar("T")
-
-
-class PlanFormat(StrEnum):
-    table = "table"
-    json = "json"
 
 
 def plan(
@@ -57,7 +51,7 @@ def plan(
             metavar="LIST",
         ),
     ] = None,
-    format: Annotated[PlanFormat, typer.Option("--format", help="What to print on stdout.")] = PlanFormat.table,
+    format: FormatOption = Format.table,
 ) -> None:
     """GPUs for a demand, with the advice and without it.
 
@@ -80,7 +74,7 @@ def plan(
         for path, demand, price in zip(reports, demands, prices, strict=True)
     ]
     found = core.plan(asked, free, wanted)
-    if format is PlanFormat.json:
+    if format is Format.json:
         typer.echo(text.as_json(found).encode())  # JSON is UTF-8, whatever the terminal's encoding
         return
     from advisor.report.terminal import emit, width_of

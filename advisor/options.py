@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from advisor.core.errors import BadQuestion
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="What to print on stdout; progress goes to stderr.")]
 
 
 def share(text: str, option: str) -> float:

@@ -1,8 +1,9 @@
 """A stand-in for NVIDIA's MPS control program, with real processes and a real socket, and faults on request.
 
-`install(bin_directory)` puts `nvidia-cuda-mps-control` and `nvidia-cuda-mps-server` there. Like the original: `-d`
-makes a daemon that lives in CUDA_MPS_PIPE_DIRECTORY, without arguments commands come from standard input, a server
-process is started for the first client and stays, `quit` waits for clients and `quit -t SECONDS` does not.
+`install(bin_directory)` puts `nvidia-cuda-mps-control` and `nvidia-cuda-mps-server` there. Like the original: `-d` (or
+`-f`, in the foreground) makes a daemon that lives in CUDA_MPS_PIPE_DIRECTORY, without arguments commands come from
+standard input, a server process is started for the first client and stays, `quit` waits for clients and
+`quit -t SECONDS` does not.
 
 A stand-in for a CUDA process calls `attach(pipe_directory, pid)`; like CUDA it goes on when no daemon is there (False).
 
@@ -168,6 +169,9 @@ class _Daemon:
             if self.faults.get("MPS_STUB_GARBLED"):
                 return 0, "PID of client unknown\n"
             return 0, "".join(f"{pid}\n" for pid in self.listed_clients())
+        if words[:1] == ["terminate_client"] and words[1:2] == [server]:
+            self.clients = [pid for pid in self.clients if pid != int(words[2])]
+            return 0, ""
         if words[:1] == ["get_server_status"] and words[1:] == [server]:
             return 0, "ACTIVE\n"
         return 1, f"Unrecognized command: {' '.join(words)}\n"
@@ -200,10 +204,13 @@ def _runs(pid: int) -> bool:
     return state not in ("Z", "X")
 
 
-def _become_daemon(pipe_directory: Path, log_directory: Path, faults: dict[str, int]) -> int:
+def _become_daemon(pipe_directory: Path, log_directory: Path, faults: dict[str, int], *, background: bool) -> int:
     if faults.get("MPS_STUB_REFUSE_START") or _accepts(pipe_directory):
         sys.stderr.write("An instance of this daemon is already running\n")
         return 1
+    if not background:
+        _Daemon(pipe_directory, faults).serve()
+        return 0
     readable, writable = os.pipe()
     if os.fork():
         os.close(writable)
@@ -262,9 +269,9 @@ def main(arguments: list[str]) -> int:
             faults |= json.loads(Path(arguments[1]).read_text())
         arguments = arguments[2:]
     pipe_directory = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    if arguments[:1] == ["-d"]:
+    if arguments[:1] in (["-d"], ["-f"]):
         log_directory = Path(os.environ.get("CUDA_MPS_LOG_DIRECTORY", "/var/log/nvidia-mps"))
-        return _become_daemon(pipe_directory, log_directory, faults)
+        return _become_daemon(pipe_directory, log_directory, faults, background=arguments[0] == "-d")
     return _prompt(pipe_directory)
 
 

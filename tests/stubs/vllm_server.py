@@ -16,6 +16,7 @@ counts only where the environment holds that value (null: not set). Keys:
     hang_after_s      nothing is answered or generated any more from then on
     core_survives     the engine core goes on when the API server is killed
     ignore_sigterm    both processes ignore SIGTERM
+    outlives_parent   goes on when whoever started it ends, as vLLM does (a deployment's start script ends)
     not_attached      the engine core stays away from the MPS daemon
     kv_tokens         KV cache size in tokens, whatever was asked for
     wrong_logprobs    true or a number: log-probabilities are off by it (true: 0.5)
@@ -487,7 +488,8 @@ class Server:
 
     async def watch_parent(self):
         parent, ends_at_s = os.getppid(), time.monotonic() + LIFETIME_S
-        while os.getppid() == parent and time.monotonic() < ends_at_s:
+        stays = bool(self.config.faults.get("outlives_parent"))
+        while (stays or os.getppid() == parent) and time.monotonic() < ends_at_s:
             await asyncio.sleep(0.1)
         self.stopping.set()
 
@@ -552,7 +554,8 @@ class Server:
 
     async def start_core(self):
         readable, writable = os.pipe()
-        survivor_of = os.getppid() if self.config.faults.get("core_survives") else 0
+        faults = self.config.faults
+        survivor_of = (1 if faults.get("outlives_parent") else os.getppid()) if faults.get("core_survives") else 0
         self.core = subprocess.Popen(
             [sys.executable, "-IS", __file__, CORE_TITLE, str(writable), str(survivor_of), *sys.argv[1:]],
             pass_fds=[writable],
