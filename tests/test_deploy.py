@@ -233,16 +233,16 @@ def test_systemd_words_are_read_back_exactly(tmp_path):
     assert not re.search(r"(?<!%)%(?!%)", line.replace("%%", "")) and not re.search(r"\$", line.replace("$$", ""))
 
 
-def test_engines_come_after_the_daemon_are_bound_to_it_and_refuse_to_be_without(tmp_path):
+def test_engines_come_after_the_daemon_require_it_and_refuse_to_be_without(tmp_path):
     folder = written(tmp_path, FOUR, "systemd")
     for index in range(4):
         unit = (folder / f"vllm-8000-engine-{index}.service").read_text()
-        assert "BindsTo=vllm-8000-mps.service" in unit and "KillMode=mixed" in unit
+        assert "Requires=vllm-8000-mps.service" in unit and "KillMode=mixed" in unit and "Restart=always" in unit
         assert re.search(r"^After=vllm-8000-mps\.service", unit, re.MULTILINE)
         assert "engine.sh" in unit and f"await.sh engine {index}" in unit
         assert f"CPUAffinity={index * 3} {index * 3 + 1} {index * 3 + 2}\n" in unit
     balancer = (folder / "vllm-8000-balancer.service").read_text()
-    assert "check.sh engines" in balancer and "BindsTo" not in balancer
+    assert "check.sh engines" in balancer and "Requires" not in balancer
     assert not list(written(tmp_path / "one", ONE, "systemd").glob("*mps*"))
 
 

@@ -283,6 +283,37 @@ def test_when_an_engine_is_killed_the_others_serve_on_and_nothing_of_it_is_left(
     two.assert_nothing_left()
 
 
+def test_one_engine_is_started_anew_while_the_other_serves_on(two: Deployed):
+    assert two.script("start.sh").returncode == 0
+    balancer, other, before = two.pid("balancer"), two.pid("engine-1"), two.pid("engine-0")
+    done = two.script("restart.sh", "0")
+    assert done.returncode == 0 and "attached to MPS" in done.stderr, done.stderr
+    assert (two.pid("balancer"), two.pid("engine-1")) == (balancer, other)
+    assert two.pid("engine-0") != before and len(two.cores()) == 2
+    assert two.script("check.sh").returncode == 0
+    assert [two.complete()[0] for _ in range(4)] == [200] * 4
+
+
+def test_an_engine_that_comes_back_without_mps_is_ended_again(two: Deployed):
+    assert two.script("start.sh").returncode == 0
+    two.faults(e0={"not_attached": True})
+    done = two.script("restart.sh", "0")
+    assert done.returncode == 1 and "NOT attached" in done.stderr and "ended again" in done.stderr
+    assert len(two.cores()) == 1 and two.script("check.sh", "engine", "1").returncode == 0
+    assert two.complete()[0] == 200
+
+
+def test_an_engine_is_not_ended_where_it_could_not_come_back(two: Deployed):
+    assert two.script("restart.sh", "0").returncode == 1
+    assert two.script("start.sh").returncode == 0
+    for words in ([], ["2"], ["x"], ["-1"]):
+        assert two.script("restart.sh", *words).returncode == 1
+    os.kill(two.pid("daemon"), signal.SIGKILL)
+    refused = two.script("restart.sh", "0")
+    assert refused.returncode == 1 and "no MPS daemon" in refused.stderr
+    assert psutil.pid_exists(two.pid("engine-0"))
+
+
 def test_a_stream_that_breaks_is_never_sent_again(two: Deployed):
     two.faults(all={"fail_every": 1, "fail_how": "disconnect"})
     assert two.script("start.sh").returncode == 0

@@ -53,7 +53,7 @@ http {{
   }}
 
   server {{
-    listen {shown(listen)}:{port} backlog=4096 reuseport;
+    listen {shown(listen)}:{port} backlog=4096;
     keepalive_requests 100000;
     client_max_body_size {_BODY};
     # Whole in memory: prompts never wait for a disk.

@@ -22,7 +22,7 @@ def render(deployment: Deployment, vllm: Sequence[str]) -> list[File]:
     for engine in deployment.engines:
         more[f"ENGINE_{engine.index}_ENVIRONMENT"] = assigned(engine.environment)
         more[f"ENGINE_{engine.index}"] = engine.arguments
-    rendered = [script(name) for name in ("start.sh", "stop.sh", "check.sh", "engine.sh", "common.sh")]
+    rendered = [script(name) for name in _SCRIPTS]
     rendered.append(settings_file(deployment, more))
     if deployment.balancer is not None:
         rendered.append(
@@ -38,10 +38,13 @@ def render(deployment: Deployment, vllm: Sequence[str]) -> list[File]:
     return [*rendered, readme(deployment, _STEPS.format(run=deployment.run))]
 
 
+_SCRIPTS = ("start.sh", "stop.sh", "restart.sh", "check.sh", "engine.sh", "engines.sh", "common.sh")
+
 _STEPS = """\
     ./start.sh    daemon, first engine, other engines, balancer; each waits for
                   what is before it, and a start that fails stops all of it
     ./check.sh    exit 0: every engine is healthy and attached to MPS
+    ./restart.sh N   engine N anew, while the others serve on
     ./stop.sh     balancer, engines, daemon; leaves nothing but logs/
 
 What is needed on PATH: vllm, bash, coreutils, util-linux; nginx where there are

@@ -3,8 +3,8 @@
 # only when every engine is healthy and attached to MPS the balancer. What does
 # not become so is stopped again, all of it. Exit 0: it serves.
 set -euo pipefail
-# shellcheck source=common.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=engines.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/engines.sh"
 
 # ---- is all there that is needed
 
@@ -74,38 +74,6 @@ fi
 
 # ---- the engines
 
-start_engine() {
-  local index=$1
-  local -n variables="ENGINE_${1}_ENVIRONMENT" arguments="ENGINE_${1}"
-  local -a pinned=()
-  if [[ -n ${CORES[index]} ]]; then pinned=(taskset -c "${CORES[index]}"); fi
-  # In a session of its own: a Ctrl-C here is not for it, and its processes are known by it.
-  setsid env "${variables[@]}" "${pinned[@]}" bash "$HERE/engine.sh" "$index" "${VLLM[@]}" "${arguments[@]}" \
-    >"$HERE/logs/engine-$index.log" 2>&1 </dev/null &
-  launched[index]=$!
-  record "engine-$index" "$!"
-}
-
-# await_engines INDEX...: until all of them are healthy.
-await_engines() {
-  local index deadline=$((SECONDS + START_S))
-  for index in "$@"; do
-    until healthy "$PROBE" "${PORTS[index]}"; do
-      for other in "$@"; do
-        [[ -n $(start_of "${launched[other]}") ]] ||
-          fail "engine $other ended while starting; the end of $HERE/logs/engine-$other.log: $(tail -n 1 "$HERE/logs/engine-$other.log")"
-      done
-      ((SECONDS < deadline)) || fail "engine $index did not become healthy within $START_S s; see $HERE/logs/engine-$index.log"
-      sleep 0.5
-    done
-    say "engine $index answers"
-  done
-  for index in "$@"; do
-    bash "$HERE/check.sh" engine "$index" || fail "engine $index is not as it has to be"
-  done
-}
-
-declare -a launched=()
 # The first alone: it fills the compile cache for the others, and shows a wrong set-up early.
 start_engine 0
 await_engines 0

@@ -3,40 +3,14 @@
 # finish; the engines, by SIGTERM, waited for; then the daemon, and only without
 # clients. A busy client is never killed before it was asked and taken from MPS.
 set -euo pipefail
-# shellcheck source=common.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=engines.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/engines.sh"
 
 [[ -d $RUN ]] || {
   say "nothing runs here ($RUN is not there)"
   exit 0
 }
 [[ -O $RUN ]] || fail "$RUN belongs to another user, who has to stop it"
-
-# gone SECONDS PAIR...: whether all of these processes, each "PID START", end in time.
-gone() {
-  local deadline=$((SECONDS + $1)) pair pid start left
-  shift
-  while :; do
-    left=0
-    for pair in "$@"; do
-      read -r pid start <<<"$pair"
-      if [[ -n $start && $(start_of "$pid") == "$start" ]]; then left=1; fi
-    done
-    ((left)) || return 0
-    ((SECONDS < deadline)) || return 1
-    sleep 0.2
-  done
-}
-
-# signal NAME PAIR...: to those of them that are still the same process.
-signal() {
-  local name=$1 pair pid start
-  shift
-  for pair in "$@"; do
-    read -r pid start <<<"$pair"
-    if [[ -n $start && $(start_of "$pid") == "$start" ]]; then kill "-$name" "$pid" 2>/dev/null || :; fi
-  done
-}
 
 # ---- the balancer
 
@@ -55,52 +29,8 @@ fi
 
 # ---- the engines
 
-# An engine's own process and everything of its session: an engine core outlives a killed parent.
-members() {
-  local file leader start pid session began state owner now
-  for file in "$RUN"/engine-*; do
-    [[ -f $file ]] || continue
-    read -r leader start <"$file" || continue
-    now=$(start_of "$leader")
-    # Another process has this PID by now, so the session is not ours either.
-    [[ -z $now || $now == "$start" ]] || continue
-    while read -r pid _ session began state owner; do
-      if [[ $session == "$leader" && $owner == own && $state != [ZX] ]] && ((began >= start)); then printf '%s %s\n' "$pid" "$began"; fi
-    done < <(processes)
-    if [[ $now == "$start" ]]; then tree "$leader"; fi
-  done | sort -u
-}
-
-mapfile -t engines < <(members)
-if ((${#engines[@]})); then
-  leaders=()
-  for file in "$RUN"/engine-*; do
-    if [[ -f $file ]]; then leaders+=("$(<"$file")"); fi
-  done
-  signal TERM "${leaders[@]}"
-  # Those that a dead leader left behind have nobody to tell them.
-  gone "$STOP_S" "${leaders[@]}" || say "engines did not end within $STOP_S s of SIGTERM"
-  gone 5 "${engines[@]}" || :
-  mapfile -t left < <(members)
-  if ((${#left[@]})); then
-    signal TERM "${left[@]}"
-    if ! gone 10 "${left[@]}"; then
-      # Taken from MPS first: killed in the middle of its work a client can take the server with it.
-      if ((MPS)); then
-        for server in $(ask get_server_list || :); do
-          attached=$(ask "get_client_list $server" || :)
-          for pair in "${left[@]}"; do
-            if [[ $'\n'$attached$'\n' == *$'\n'${pair%% *}$'\n'* ]]; then ask "terminate_client $server ${pair%% *}" 30 >/dev/null || :; fi
-          done
-        done
-      fi
-      say "SIGKILL to ${left[*]%% *}"
-      signal KILL "${left[@]}"
-      gone 30 "${left[@]}" || fail "these processes do not end: ${left[*]%% *}; the MPS daemon is left alone"
-    fi
-  fi
-  say "the engines have ended"
-fi
+end_engines "${!PORTS[@]}"
+say "the engines have ended"
 
 # ---- the daemon
 

@@ -98,8 +98,10 @@ class _Units:
             Unit=[
                 f"Description={_text(self._deployment.model)}, engine {engine.index} on port {engine.port}",
                 f"PartOf={self._group}.target",
-                # Bound to the daemon: where that goes, this one is stopped, and comes back only with it.
-                *([f"BindsTo={mps[0]}"] if mps else []),
+                # Stopped before it and restarted with it. Not BindsTo=: what that stops when the daemon is lost need
+                # not come back when it does (systemd issue 11695). An engine dies of a lost server by itself, is
+                # started again by Restart=, and waits for the daemon.
+                *([f"Requires={mps[0]}"] if mps else []),
                 *([f"After={' '.join(after)}"] if after else []),
                 "StartLimitIntervalSec=3600",
                 "StartLimitBurst=5",
