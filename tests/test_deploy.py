@@ -242,7 +242,11 @@ def test_engines_come_after_the_daemon_require_it_and_refuse_to_be_without(tmp_p
         assert "engine.sh" in unit and f"await.sh engine {index}" in unit
         assert f"CPUAffinity={index * 3} {index * 3 + 1} {index * 3 + 2}\n" in unit
     balancer = (folder / "vllm-8000-balancer.service").read_text()
-    assert "check.sh engines" in balancer and "Requires" not in balancer
+    assert (
+        "check.sh engines" in balancer
+        and "KillSignal=SIGQUIT\nKillMode=mixed" in balancer
+        and "Requires" not in balancer
+    )
     assert not list(written(tmp_path / "one", ONE, "systemd").glob("*mps*"))
 
 

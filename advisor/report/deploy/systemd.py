@@ -145,7 +145,9 @@ class _Units:
                 # the restart of an engine.
                 f"ExecStartPre=/usr/bin/env bash {etc}/check.sh engines",
                 f"ExecStart=/usr/bin/env nginx -c {etc}/nginx.conf -e stderr",
-                "ExecStop=/bin/kill -QUIT $MAINPID",
+                # QUIT lets running requests finish; TERM would cut them off.
+                "KillSignal=SIGQUIT",
+                "KillMode=mixed",
                 f"TimeoutStopSec={DRAIN_S + 10}",
                 "Restart=always",
                 "RestartSec=10",
