@@ -168,8 +168,9 @@ def test_what_was_measured_is_started_served_checked_and_stopped_without_a_trace
 
 
 def test_requests_in_flight_are_dealt_to_the_engine_with_the_fewest(two: Deployed):
+    two.faults(all={"tokens_per_s": 100})  # so slow that none ends before the last one has begun
     assert two.script("start.sh").returncode == 0
-    body = json.dumps({"model": FOUR.model.name, "prompt": "a", "max_tokens": 400, "stream": True})
+    body = json.dumps({"model": FOUR.model.name, "prompt": "a", "max_tokens": 200, "stream": True})
     held = []
     for _ in range(6):
         connection = http.client.HTTPConnection("127.0.0.1", two.port, timeout=20)
