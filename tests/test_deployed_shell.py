@@ -198,12 +198,12 @@ def test_an_engine_that_is_not_attached_makes_the_start_fail_and_all_is_stopped_
     [
         ({"e0": {"die_at_start": "oom"}}, "engine 0 ended while starting"),
         ({"e1": {"die_at_start": "crash"}}, "engine 1 ended while starting"),
-        ({"e1": {"hang_start": True}}, "engine 1 did not become healthy within 4 s"),
+        ({"e1": {"hang_start": True}}, "engine 1 did not become healthy within 8 s"),
     ],
 )
 def test_an_engine_that_does_not_come_up_stops_all_of_it(two: Deployed, faults, said):
     two.faults(**faults)
-    begun = two.script("start.sh", START_S="4")
+    begun = two.script("start.sh", START_S="8")
     assert begun.returncode == 1 and said in begun.stderr, begun.stderr
     two.assert_nothing_left()
 
