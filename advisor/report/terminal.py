@@ -9,40 +9,17 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from string import ascii_lowercase
 
 from rich.console import Console
 from rich.text import Text
 
-from advisor.core.records import Candidate, Caution, KernelPart, Outcome, Percentiles, Report, Value, Workload
-from advisor.core.tuning import words
+from advisor.core.records import Candidate, Caution, KernelPart, Percentiles, Report, Value
 from advisor.core.wording import rate, times
-from advisor.core.workload import prompt_range
+from advisor.report import formats, naming
+from advisor.report.formats import milliseconds, percent
+from advisor.report.naming import KERNELS_IN_WORDS, LIMIT_IN_WORDS, MISSING, OUTCOME_IN_WORDS
 
-MISSING = "–"
 NARROWEST, WIDEST = 80, 100
-
-OUTCOME_IN_WORDS: dict[Outcome, str] = {
-    "ok": "ok",
-    "infeasible": "infeasible",
-    "oom": "out of memory",
-    "crash": "crashed",
-    "timeout": "timed out",
-    "not_attached": "not attached to MPS",
-    "wrong_results": "wrong results",
-    "invalid": "invalid",
-    "skipped": "skipped",
-}
-LIMIT_IN_WORDS = {
-    "load_generator": "the load generator",
-    "gpu": "the GPU",
-    "engine_core": "the engine core's thread",
-    "api_server": "the API server",
-    "token_budget": "the token budget",
-    "kv_cache": "the KV cache",
-    "unattributed": "nothing that stands out",
-}
-SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 # Header and whether its cells stand to the right. The first three say what was tried, the rest what came of it.
 COLUMNS = (
@@ -108,20 +85,7 @@ def _lines(report: Report, width: int) -> Iterator[Line]:
 
 
 def _title(report: Report, width: int) -> list[str]:
-    model, load = report.model, report.workload
-    work = {
-        "serve": f"{_lengths(prompt_range(load))} in, {_outputs(load)} out",
-        "prefill": f"prefill of {_lengths(prompt_range(load))}",
-        "decode": f"decode at {load.isl}",
-    }[load.kind]
-    parts = [
-        f"{clean(model.name)} on {clean(report.gpu.name)}",
-        *([f"vLLM {clean(report.software.vllm)}"] if report.software.vllm else []),
-        " ".join(filter(None, [SHORT_DTYPE.get(model.dtype, model.dtype), model.quantization])),
-        work,
-        f"{load.concurrency} in flight",
-        *(["token ids"] if load.prompts == "token_ids" else []),
-    ]
+    parts = [clean(part) for part in naming.question(report)]
     lines = [parts[0]]
     for part in parts[1:]:
         longer = f"{lines[-1]} · {part}"
@@ -132,25 +96,16 @@ def _title(report: Report, width: int) -> list[str]:
     return lines
 
 
-def _lengths(ends: tuple[int, int]) -> str:
-    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
-
-
-def _outputs(load: Workload) -> str:
-    if load.osl_range is not None:
-        return _lengths(load.osl_range)
-    return f"{load.osl} ± {load.osl_spread}" if load.osl_spread else str(load.osl)
-
-
 # ---------------------------------------------------------------- the table
 
 
 def _table(report: Report, width: int) -> Iterator[Line]:
-    candidates = sorted(report.candidates, key=_simplicity)
-    chosen = _chosen(report)
-    marks, by_load = _marks(report), bool(report.question.slo)
+    candidates = sorted(report.candidates, key=naming.simplicity)
+    chosen = naming.chosen(report)
+    marks, by_load = naming.marks(report), bool(report.question.slo)
     cells = [
-        _cells(one, report.gpu.sms, marks.get(_changes(report, one), ""), one is chosen, by_load) for one in candidates
+        _cells(one, report.gpu.sms, marks.get(naming.changes(report, one), ""), one is chosen, by_load)
+        for one in candidates
     ]
     done = [row for row, one in zip(cells, candidates, strict=True) if one.outcome == "ok"]
     headers = _headers(report)
@@ -189,37 +144,6 @@ def _headers(report: Report) -> list[str]:
     return [names.get(header, header) for header, _ in COLUMNS]
 
 
-def _simplicity(one: Candidate) -> tuple[int, bool, int]:
-    return one.engines, one.mps, -max(one.thread_percentages or [101])
-
-
-def _chosen(report: Report) -> Candidate | None:
-    """The candidate that is recommended, None without a recommendation."""
-    advice = report.recommendation
-    if advice.status != "recommend":
-        return None
-    same = [
-        one
-        for one in report.candidates
-        if one.outcome == "ok"
-        and one.engines == advice.engines
-        and one.mps == bool(advice.mps)
-        and (one.thread_percentages or None) == (advice.thread_percentages or None)
-    ]
-    return next((one for one in same if one.settings == advice.settings), same[0] if same else None)
-
-
-def _marks(report: Report) -> dict[str, str]:
-    """What candidates' settings change of the default engine's, in words, each with a letter to refer to it by."""
-    changes = dict.fromkeys(_changes(report, one) for one in report.candidates)
-    return {change: ascii_lowercase[n % 26] for n, change in enumerate(filter(None, changes))}
-
-
-def _changes(report: Report, one: Candidate) -> str:
-    default = report.candidates[0].settings
-    return "" if default is None or one.settings is None else ", ".join(words(one.settings, default))
-
-
 def _cells(one: Candidate, all_sms: int, mark: str, chosen: bool, by_load: bool) -> list[str]:
     return [
         ("►" if chosen else " ") + str(one.engines) + (f" [{mark}]" if mark else ""),
@@ -246,7 +170,7 @@ def _sms(one: Candidate, all_sms: int) -> str:
 def _rate(rate: Value | None) -> str:
     if rate is None:
         return MISSING
-    text = f"{rate.value:,.0f}" if rate.value >= 100 else f"{rate.value:.3g}"
+    text = formats.rate(rate.value)
     if rate.low is None or rate.high is None or rate.value <= 0:
         return text
     half = (rate.high - rate.low) / 2 / rate.value * 100
@@ -254,22 +178,11 @@ def _rate(rate: Value | None) -> str:
 
 
 def _p95(times: Percentiles | None) -> str:
-    if times is None:
-        return MISSING
-    milliseconds = times.p95
-    if milliseconds >= 99_999.5:
-        return f"{milliseconds / 1000:,.0f} s"
-    if milliseconds >= 9_999.5:
-        return f"{milliseconds / 1000:.1f} s"
-    return f"{milliseconds:,.0f} ms" if milliseconds >= 9.95 else f"{milliseconds:.2g} ms"
+    return MISSING if times is None else milliseconds(times.p95)
 
 
 def _percent(share: float | None) -> str:
-    if share is None:
-        return MISSING
-    if 0 < share < 0.1:
-        return "<0.1 %"
-    return f"{share:.0f} %" if share >= 1 or share == 0 else f"{share:.1f} %"
+    return MISSING if share is None else percent(share)
 
 
 def _failure(one: Candidate) -> str:
@@ -303,35 +216,21 @@ def _cost(report: Report) -> list[str]:
 def _limits(report: Report) -> list[str]:
     """Of the default engine and of what is advised, or of the fastest where nothing is."""
     measured = [one for one in report.candidates if one.limited_by and one.limit_evidence]
-    chosen = _chosen(report) or max(measured, key=rate, default=None)
+    chosen = naming.chosen(report) or max(measured, key=rate, default=None)
     shown = [one for one in measured if one is report.candidates[0] or one is chosen]
     return [
-        f"{_marked_name(report, one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})" for one in shown
+        f"{naming.marked_name(report, one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})"
+        for one in shown
     ]
 
 
 def _why_not(report: Report) -> list[str]:
     """Candidates that worked and lost, those with the same reason together; what failed says why in the table."""
     reasons: dict[str, list[str]] = {}
-    for one in sorted(report.candidates, key=_simplicity):
+    for one in sorted(report.candidates, key=naming.simplicity):
         if one.outcome == "ok" and one.why_not:
-            reasons.setdefault(one.why_not, []).append(_marked_name(report, one))
+            reasons.setdefault(one.why_not, []).append(naming.marked_name(report, one))
     return [f"{', '.join(who)}: {why}" for why, who in reasons.items()]
-
-
-def _marked_name(report: Report, one: Candidate) -> str:
-    mark = _marks(report).get(_changes(report, one))
-    return _name(one) + (f" [{mark}]" if mark else "")
-
-
-def _name(one: Candidate) -> str:
-    name = f"{one.engines} engine" + ("s" if one.engines > 1 else "")
-    if one.thread_percentages:
-        shares = "/".join(map(str, sorted(set(one.thread_percentages))))
-        return f"{name} under MPS at {shares} %"
-    if one.mps:
-        return f"{name} under MPS"
-    return f"{name} without MPS" if one.engines > 1 else name
 
 
 def _where_from(report: Report, width: int) -> Iterator[Line]:
@@ -357,7 +256,7 @@ def _over_loads(report: Report, width: int) -> Iterator[Line]:
     rows = [("", "in flight", "tok/s", "TTFT p95", "ITL p95", "E2E p95")]
     for one in curves:
         for index, point in enumerate(one.curve):
-            who = "" if index else _marked_name(report, one)
+            who = "" if index else naming.marked_name(report, one)
             latencies = (_p95(point.ttft_ms), _p95(point.itl_ms), _p95(point.e2e_ms))
             rows.append((who, str(point.concurrency), _rate(point.throughput_tok_per_s), *latencies))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -442,18 +341,6 @@ def _shell_lines(command: str, words: Sequence[str], width: int) -> Iterator[str
 
 # ---------------------------------------------------------------- the GPU's work alone
 
-KERNELS_IN_WORDS = {
-    "attention": "attention",
-    "mlp": "MLP",
-    "projections": "projections",
-    "lm_head": "output head",
-    "norm_activation": "norm, activation",
-    "sampling": "sampling",
-    "kv_writes": "KV cache writes",
-    "other": "other",
-    "unlabelled": "could not be told",
-}
-
 
 def _gpu_time(report: Report) -> Iterator[Line]:
     """Where the time of a step goes when the GPU never waits, and how near to its ceilings that is."""
@@ -508,7 +395,7 @@ def _notes(report: Report) -> Iterator[str]:
         yield "What was started again is quoted from its later starts; progress lines show every start."
     for one in report.candidates:
         if one.outcome == "ok" and one.source not in ("measured", None):
-            yield f"{_name(one)}: {one.source}, not measured."
+            yield f"{naming.name(one)}: {one.source}, not measured."
     if report.workload.kind == "prefill":
         yield f"Each output token stands for a prompt of {report.workload.isl:,} tokens."
     if report.profile is not None and (bound := report.profile.throughput_bound) is not None:

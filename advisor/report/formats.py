@@ -1,0 +1,24 @@
+"""Numbers for people: how many digits, and which unit. Everything inside is SI; only `report` speaks of ms and %."""
+
+from __future__ import annotations
+
+
+def rate(value: float) -> str:
+    """Tokens (or prompts) per second: “10,239”."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def milliseconds(value: float) -> str:
+    """“179 ms”, “6.1 ms”, “12.3 s”."""
+    if value >= 99_999.5:
+        return f"{value / 1000:,.0f} s"
+    if value >= 9_999.5:
+        return f"{value / 1000:.1f} s"
+    return f"{value:,.0f} ms" if value >= 9.95 else f"{value:.2g} ms"
+
+
+def percent(value: float) -> str:
+    """“71 %”, “0.3 %”; what is above nothing never reads as nothing."""
+    if 0 < value < 0.1:
+        return "<0.1 %"
+    return f"{value:.0f} %" if value >= 1 or value == 0 else f"{value:.1f} %"
