@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from advisor import __version__, cli_deploy, cli_gate, cli_plan
+from advisor import __version__, cli_deploy, cli_gate, cli_plan, cli_report
 from advisor.core.errors import AdvisorError, BadQuestion
 from advisor.options import Format, FormatOption
 from advisor.options import objectives as _objectives
@@ -304,6 +304,7 @@ def ablate(
 app.command(epilog=cli_deploy.EPILOG)(cli_deploy.deploy)
 app.command(epilog=cli_gate.EPILOG)(cli_gate.gate)
 app.command(epilog=cli_plan.EPILOG)(cli_plan.plan)
+app.command(epilog=cli_report.EPILOG)(cli_report.report)
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:

@@ -289,15 +289,15 @@ def _how_to_run(report: Report, width: int) -> Iterator[Line]:
     yield "", ""
     yield "To run it:", "bold"
     for one in missing:
-        yield f"  export {_printable(one)}", ""
+        yield f"  export {printable(one)}", ""
     first: list[str] = []
     for command in advice.commands:
-        words = _WORD.findall(_printable(command))
+        words = _WORD.findall(printable(command))
         other = _difference(first, words)
         if other:
             yield from ((line, "") for line in wrap(f"  and once more with {' '.join(other)}", width, "      "))
         else:
-            yield from ((line, "") for line in _shell_lines(_printable(command), words, width))
+            yield from ((line, "") for line in _shell_lines(printable(command), words, width))
             first = words
 
 
@@ -433,11 +433,11 @@ def _encodable(text: str, encoding: str) -> str:
     return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` without escape sequences and control characters, which a log may hold."""
     return "".join(letter for letter in _ESCAPE.sub("", text) if letter.isprintable() or letter in "\n\t")
 
 
 def clean(text: str) -> str:
     """`text` as one line."""
-    return " ".join(_printable(re.sub(r"\s+", " ", text)).split())
+    return " ".join(printable(re.sub(r"\s+", " ", text)).split())
