@@ -24,7 +24,7 @@ def candidates(sheet: Sheet) -> Drawn:
     for index, one in ordered(report):
         seen = sheet.fields.interval("candidates", index, "throughput_tok_per_s", form=rate, source=one.source)
         if seen is not None:
-            rows.append(_row(full_name(report, one), seen, sort_of(one), one is best, predicted(one)))
+            rows.append(_row(_at_its_load(report, one), seen, sort_of(one), one is best, predicted(one)))
     if not rows:
         return Drawn(name, title, (), missing="No candidate has a throughput.")
     told = (
@@ -32,12 +32,19 @@ def candidates(sheet: Sheet) -> Drawn:
         + (f"Advised: {full_name(report, best)}. " if best else "None is advised. ")
         + "The table after the figure has the numbers."
     )
-    axis = f"{sheet.unit} at the same total load; bars are 90 % intervals"
+    axis = f"{sheet.unit}; bars are 90 % intervals"
     drawings = drawn(figures.dots, rows, name, title, told, axis=axis, most=sheet.shared.rate[sheet.unit])
     shapes = "◆ one engine, ■ several without MPS, ● under MPS, ▲ under MPS with thread percentages"
+    load = " Each at the load at which it serves the objectives best." if report.question.slo else ""
     hollow = " Hollow marks were not measured." if any(row.predicted for row in rows) else ""
     chosen = " ► is advised." if best else ""
-    return Drawn(name, title, [f"{shapes}.{chosen}{hollow}"], drawings)
+    return Drawn(name, title, [f"{shapes}.{chosen}{load}{hollow}"], drawings)
+
+
+def _at_its_load(report: Report, one: Candidate) -> str:
+    """The name; under objectives candidates are not all quoted at the same load."""
+    load = f", {one.concurrency:,} in flight" if report.question.slo and one.concurrency else ""
+    return full_name(report, one) + load
 
 
 def waterfall(sheet: Sheet) -> Drawn:
@@ -45,7 +52,9 @@ def waterfall(sheet: Sheet) -> Drawn:
     report, name, title = sheet.report, f"{sheet.prefix}waterfall", "What each change brings by itself"
     steps = report.waterfall
     if not steps:
-        why = "no number of engines was measured both with and without MPS beside a default and a tuned engine"
+        why = "the default or the tuned engine has no rate"
+        why += " under the objectives" if report.question.slo else ""
+        why += ", or no number of engines was measured both under MPS and without it"
         if not report.protocol.tune:
             why = "this run did not tune the single engine, so that the credit cannot be divided"
         return Drawn(name, title, (), missing=f"Not known: {why}.")
@@ -84,7 +93,9 @@ def waterfall(sheet: Sheet) -> Drawn:
     caption += "factor by itself."
     if not report.recommendation.mps:
         caption += " The last steps are not advised: they show what MPS would bring."
-    table = tables.of(f"{name}-data", "Factors behind the figure, with 90 % intervals", ("change", "factor", ""), lines)
+    table = tables.of(
+        f"{name}-data", "Factors behind the figure, with 90 % intervals", ("change", "factor", ""), lines, texts=1
+    )
     return Drawn(name, title, [caption], drawings, table)
 
 
@@ -121,8 +132,9 @@ def gains(sheet: Sheet) -> Drawn:
         if points:
             series.append(Series(told, sort, points, joined, dash=list(SORTS).index(sort)))
     if not series:
-        return Drawn(name, title, (), missing="No candidate has a gain over the default engine.")
-    told = "Gain over the default engine, at the same total load, for each number of engines that was measured: "
+        why = " under the objectives" if report.question.slo else ""
+        return Drawn(name, title, (), missing=f"Not known: the default engine has no rate to compare with{why}.")
+    told = "Gain over the default engine for each number of engines that was measured: "
     told += "; ".join(one.label for one in series) + ". The table after the figure has the numbers."
     drawings = drawn(
         figures.plot, series, name, title, told,

@@ -10,7 +10,7 @@ import msgspec
 from advisor.core.records import Candidate, Report
 from advisor.report import charts, naming
 from advisor.report.fields import Interval
-from advisor.report.formats import milliseconds, percent, rate
+from advisor.report.formats import gib, milliseconds, percent, rate
 from advisor.report.sheet import Sheet, full_name, times
 from advisor.report.tables import Cell, Line, Table
 
@@ -63,12 +63,14 @@ STATUS_IN_WORDS = {
 def differences(reports: Sequence[Report], letters: Sequence[str]) -> Table:
     """Every fact of machine, software, model and question in which the reports are not all the same."""
     facts = [dict(_facts(report)) for report in reports]
-    keys = dict.fromkeys(key for one in facts for key in one)
+    # Part by part: older reports lack some keys, which others then add at the end.
+    parts = [NAMES.get(part, part) for part in PARTS]
+    keys = sorted(dict.fromkeys(key for one in facts for key in one), key=lambda key: parts.index(key.split(":")[0]))
     lines = []
     for key in keys:
         values = [one.get(key) for one in facts]
         if any(value != values[0] for value in values):
-            lines.append(Line((key, *(_shown(value) for value in values))))
+            lines.append(Line((key, *(_shown(key, value) for value in values))))
     return Table("differences", "Where the reports differ", ("", *letters), lines, figures=99)
 
 
@@ -78,8 +80,9 @@ def named(table: Table) -> str:
     for line in table.lines:
         part, _, what = str(line.cells[0]).partition(": ")
         parts.setdefault(part, []).append(what)
-    # Another model has another shape: nothing is gained by telling all of it.
-    told = [part if what[0] == "name" else f"{part} ({', '.join(what)})" for part, what in parts.items()]
+    # Another model has another shape, another protocol many other values: the table has them.
+    whole = [part for part, what in parts.items() if part == "protocol" or "name" in what]
+    told = [part if part in whole else f"{part} ({', '.join(what)})" for part, what in parts.items()]
     return f"{', '.join(told[:-1])} and {told[-1]}" if len(told) > 1 else "".join(told)
 
 
@@ -96,16 +99,20 @@ def _facts(report: Report) -> Iterator[tuple[str, object]]:
                 yield label, value
 
 
-def _shown(value: object) -> str:
+def _shown(key: str, value: object) -> str:
     match value:
         case None:
             return naming.MISSING
         case bool():
             return "yes" if value else "no"
-        case list() if len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
-            return f"{value[0]}–{value[-1]}"
-        case list():
-            return ", ".join(map(str, value)) or "none"
+        case [int(first), *_, int(last)] if value == list(range(first, last + 1)):
+            return f"{first}–{last}"
+        case list() | tuple():
+            return ", ".join(_shown("", one) for one in value) or "none"
+        case int() if key.endswith(" bytes"):
+            return f"{gib(value)} ({value})"
+        case float():
+            return f"{value:g}"
         case _:
             return str(value)
 

@@ -22,3 +22,8 @@ def percent(value: float) -> str:
     if 0 < value < 0.1:
         return "<0.1 %"
     return f"{value:.0f} %" if value >= 1 or value == 0 else f"{value:.1f} %"
+
+
+def gib(value: float) -> str:
+    """Bytes: “139.8 GiB”."""
+    return f"{value / 2**30:,.1f} GiB"

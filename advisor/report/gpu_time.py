@@ -49,6 +49,7 @@ def kernels(sheet: Sheet, which: str) -> Drawn:
         "Kernels behind the figure; shares come without an interval",
         ("kernels", "share of the time", "of the roofline", "SMs with a block", "source"),
         lines,
+        texts=1,
     )
     caption: list[Piece] = [f"One engine that never waits: {step_in_words(step)}."]
     if takes is not None:
@@ -101,6 +102,7 @@ def idle(sheet: Sheet) -> Drawn:
         "Idle time behind the figure; shares come without an interval",
         ("candidate", "GPU idle", "of it host at work, at least", "SMs active", "source"),
         lines,
+        texts=1,
     )
     return Drawn(name, title, [caption], drawings, table)
 

@@ -9,7 +9,7 @@ import msgspec
 
 from advisor.core.records import Recommendation
 from advisor.report import tables
-from advisor.report.formats import percent
+from advisor.report.formats import gib, percent
 from advisor.report.sheet import Sheet, count
 from advisor.report.tables import Cell, Table
 
@@ -72,12 +72,12 @@ def machine(sheet: Sheet) -> Table:
         ("CUDA", gpu.cuda),
         ("GPU", gpu.name),
         ("SMs of the GPU", number("gpu", "sms", form=count)),
-        ("memory of the GPU", number("gpu", "memory_total_bytes", form=_gib)),
+        ("memory of the GPU", number("gpu", "memory_total_bytes", form=gib)),
         ("power limit", number("gpu", "power_limit_w", form=_watts)),
         ("compute mode", gpu.compute_mode),
         ("processor", host.cpu),
         ("cores", ", ".join(map(str, host.cores))),
-        ("memory of the host", number("host", "memory_bytes", form=_gib)),
+        ("memory of the host", number("host", "memory_bytes", form=gib)),
         ("kernel", host.kernel),
         ("fixed piece of work on a core", number("core_s", form=_ms_of_s)),
         ("probes of a core that were slowed", number("cores_slowed_pct", form=percent)),
@@ -85,10 +85,6 @@ def machine(sheet: Sheet) -> Table:
         ("report", f"{'replayed' if report.replayed else 'measured'} {report.created}"),
     ]
     return tables.of(f"{sheet.prefix}machine", "Software and machine", ("", "value"), rows, figures=9)
-
-
-def _gib(value: float) -> str:
-    return f"{value / 2**30:,.1f} GiB"
 
 
 def _watts(value: float) -> str:

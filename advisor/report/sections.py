@@ -144,35 +144,39 @@ def _tried(sheet: Sheet) -> Table:
     """Every candidate, also what did not work, with what it gained."""
     report, fields = sheet.report, sheet.fields
     headers = [
-        "candidate", "settings", "outcome", "SMs each", sheet.unit, "over the default", "over the best without MPS",
-        "limited by", "source",
+        "candidate", sheet.unit, "over the default", "over the best without MPS", "SMs each", "limited by", "source",
     ]  # fmt: skip
     lines = []
     against = 1 + report.question.min_gain
     for index, one in ordered(report):
-        begin = [*_called(sheet, one), naming.OUTCOME_IN_WORDS[one.outcome]]
         if one.outcome != "ok":
-            lines.append(Line(begin, one.why_not or "no reason is given", "failed"))
+            lines.append(Line([_called(sheet, one)], what_failed(one), "failed"))
             continue
         place = ("candidates", index)
         cells: list[Cell] = [
-            fields.number(*place, "sms_each", form=count),
             fields.interval(*place, "throughput_tok_per_s", form=rate, source=one.source),
             fields.interval(*place, "gain_vs_default", form=times(None), source=one.source),
             fields.interval(*place, "gain_vs_best_without_mps", form=times(against), source=one.source),
+            fields.number(*place, "sms_each", form=count),
             None if one.limited_by is None else naming.LIMIT_IN_WORDS.get(one.limited_by, one.limited_by),
             one.source,
         ]
-        lines.append(Line([*begin, *cells], kind="chosen" if one is naming.chosen(report) else ""))
+        lines.append(Line([_called(sheet, one), *cells], kind="chosen" if one is naming.chosen(report) else ""))
     caption = "Every candidate; brackets are 90 % intervals, – is not known"
-    return Table(f"{sheet.prefix}tried", caption, headers, lines, figures=3)
+    return Table(f"{sheet.prefix}tried", caption, headers, lines, texts=2)
+
+
+def what_failed(one: Candidate) -> str:
+    """The outcome in words, with the reason."""
+    said = naming.OUTCOME_IN_WORDS[one.outcome]
+    return f"{said}: {one.why_not}" if one.why_not else f"{said}; no reason is given"
 
 
 def _seen(sheet: Sheet) -> Table | None:
     """Latency, activity and energy of the candidates that worked."""
     report, fields = sheet.report, sheet.fields
     headers = [
-        "candidate", "settings", "in flight", "TTFT p95", "ITL p95", "E2E p95", "SMs active", "GPU idle",
+        "candidate", "in flight", "TTFT p95", "ITL p95", "E2E p95", "SMs active", "GPU idle",
         "tokens per joule", "starts", "source",
     ]  # fmt: skip
     lines = []
@@ -189,21 +193,15 @@ def _seen(sheet: Sheet) -> Table | None:
             fields.number(*place, "starts", form=count),
             one.source,
         ]
-        lines.append(Line([*_called(sheet, one), *cells], kind="chosen" if one is naming.chosen(report) else ""))
+        lines.append(Line([_called(sheet, one), *cells], kind="chosen" if one is naming.chosen(report) else ""))
     caption = "Latency, activity and energy of those that worked; they come without an interval, – is not known"
-    return Table(f"{sheet.prefix}seen", caption, headers, lines, figures=2) if lines else None
+    return Table(f"{sheet.prefix}seen", caption, headers, lines, texts=1) if lines else None
 
 
-def _called(sheet: Sheet, one: Candidate) -> list[Cell]:
-    """The name, and what the settings change."""
-    label = naming.name(one)
-    if one is naming.chosen(sheet.report):
-        label = f"► {label} (advised)"
-    return [label, naming.changes(sheet.report, one) or _unchanged(one)]
-
-
-def _unchanged(one: Candidate) -> str | None:
-    return None if one.settings is None else "default"
+def _called(sheet: Sheet, one: Candidate) -> str:
+    """The full name, with a mark and a word at what is advised."""
+    label = full_name(sheet.report, one)
+    return f"► {label} (advised)" if one is naming.chosen(sheet.report) else label
 
 
 def _one_digit(value: float) -> str:
@@ -255,7 +253,7 @@ def _found_out(sheet: Sheet) -> Table | None:
             said += "" if one.unit in ("%", "×") else f", in {one.unit}"
             rows.append((said, figure, one.source))
     caption = "What else was found out of this model on this GPU, with 90 % intervals where there are any"
-    return tables.of(f"{sheet.prefix}found", caption, ("", "value", "source"), rows) if rows else None
+    return tables.of(f"{sheet.prefix}found", caption, ("", "value", "source"), rows, texts=1) if rows else None
 
 
 def _overlaps(sheet: Sheet) -> Table | None:
@@ -268,7 +266,7 @@ def _overlaps(sheet: Sheet) -> Table | None:
         rows.append((who, *cells, one.overlap.source))
     caption = "How gains over the tuned engine divide: overlap × host, and host = busy × rest, with 90 % intervals"
     headers = ("engines", "overlap of kernels", "host", "GPU busy longer", "neither", "source")
-    return tables.of(f"{sheet.prefix}overlaps", caption, headers, rows) if rows else None
+    return tables.of(f"{sheet.prefix}overlaps", caption, headers, rows, texts=1) if rows else None
 
 
 # ---------------------------------------------------------------- what was not measured

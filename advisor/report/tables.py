@@ -19,14 +19,18 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`name` is unique on the page. Columns from `figures` on hold numbers."""
+    """`name` is unique on the page. Columns from `figures` on hold numbers, but for the last `texts` of them."""
 
     name: str
     caption: str
     headers: Sequence[str]
     lines: Sequence[Line]
     figures: int = 1
+    texts: int = 0
 
 
-def of(name: str, caption: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]], figures: int = 1) -> Table:
-    return Table(name, caption, headers, [Line(row) for row in rows], figures)
+def of(
+    name: str, caption: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]], figures: int = 1, texts: int = 0
+) -> Table:
+    """A table whose rows are plain."""
+    return Table(name, caption, headers, [Line(row) for row in rows], figures, texts)
