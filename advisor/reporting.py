@@ -38,16 +38,16 @@ def read(where: Path) -> Source:
 
     Raises BadQuestion where nothing is there, Unfit where it cannot be read, is newer, or is no report or run.
     """
-    if where.is_dir():
-        return Source(profiling.replayed(_AS_RECORDED, str(where)), str(where), str(where))
     try:
-        text = where.read_bytes()
+        text = None if where.is_dir() else where.read_bytes()
     except FileNotFoundError:
         raise BadQuestion(
             f"{where} does not exist; a report (profile --format json > FILE) or a run folder is expected"
         ) from None
     except OSError as error:
         raise Unfit(f"{where} cannot be read: {error.strerror}; a report or a run folder is expected") from error
+    if text is None:
+        return Source(profiling.replayed(_AS_RECORDED, str(where)), str(where), str(where))
     return Source(loads(text, str(where)), str(where))
 
 
@@ -59,6 +59,13 @@ def as_json(sources: Sequence[Source]) -> str:
 
 def refuse_place(html: Path, sources: Sequence[Path]) -> None:
     """Raise BadQuestion where the page has no place, or would take the place of what it is made of."""
+    try:
+        _refuse_place(html, sources)
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise Unfit(_unwritable(html, error)) from error
+
+
+def _refuse_place(html: Path, sources: Sequence[Path]) -> None:
     if html.is_dir():
         raise BadQuestion(f"--html is {html}, a folder; give the name of a file, for example {html / 'report.html'}")
     if not html.parent.is_dir():
@@ -75,4 +82,8 @@ def write_page(sources: Sequence[Source], html: Path) -> None:
     try:
         write(html, page(sources).encode())
     except OSError as error:
-        raise Unfit(f"{html} cannot be written: {error.strerror}; choose another place for --html") from error
+        raise Unfit(_unwritable(html, error)) from error
+
+
+def _unwritable(html: Path, error: OSError) -> str:
+    return f"{html} cannot be written: {error.strerror}; choose another place for --html"

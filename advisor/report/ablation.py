@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from advisor.core.records import AblatedStep, AblationReport, Figure, Variant
+from advisor.report.formats import clean
 from advisor.report.naming import MISSING
-from advisor.report.terminal import Line, clean, emit, warnings, width_of, wrap
+from advisor.report.terminal import Line, emit, warnings, width_of, wrap
 
 _PARTS = ("whole", "attention", "MLP", "neither")
 

@@ -4,7 +4,6 @@ it; one that has nothing to show says why instead.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from advisor.core.records import Candidate, Report
@@ -12,7 +11,19 @@ from advisor.report import figures, naming, tables
 from advisor.report.fields import Interval
 from advisor.report.figures import Limit, Row, Series, Sort
 from advisor.report.formats import rate
-from advisor.report.sheet import SORTS, Drawn, Sheet, drawn, full_name, ordered, point_of, predicted, sort_of, times
+from advisor.report.sheet import (
+    SORTS,
+    Drawn,
+    Sheet,
+    drawn,
+    full_name,
+    led_to,
+    ordered,
+    point_of,
+    predicted,
+    sort_of,
+    times,
+)
 from advisor.report.tables import Cell
 
 
@@ -100,15 +111,13 @@ def waterfall(sheet: Sheet) -> Drawn:
 
 
 def reached(sheet: Sheet) -> tuple[Candidate, Interval] | None:
-    """The candidate that the last step leads to: one of its trials, and the product of the factors is its gain."""
-    steps = sheet.report.waterfall or []
-    whole = math.prod(step.factor.value for step in steps)
-    for index, one in enumerate(sheet.report.candidates):
-        seen = sheet.fields.interval("candidates", index, "gain_vs_default", form=times(None), source=one.source)
-        last = bool(steps) and one.trial in steps[-1].trials
-        if last and seen is not None and math.isclose(seen.middle.value, whole, rel_tol=1e-3):
-            return one, seen
-    return None
+    """The candidate that the last step leads to, with its gain."""
+    index = led_to(sheet.report)
+    if index is None:
+        return None
+    one = sheet.report.candidates[index]
+    seen = sheet.fields.interval("candidates", index, "gain_vs_default", form=times(None), source=one.source)
+    return (one, seen) if seen is not None else None
 
 
 def gains(sheet: Sheet) -> Drawn:

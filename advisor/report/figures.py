@@ -9,6 +9,7 @@ in the report's JSON (`data-field`), so that what is drawn can be checked agains
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from advisor.report.fields import Number
+from advisor.report.formats import clean, printable
 
 WIDE, NARROW = 640.0, 344.0
 # Of a character of 12 px in a sans-serif: widths of text are only estimated, so margins are generous.
@@ -354,7 +356,7 @@ def _svg(name: str, title: str, told: str, width: float, height: float) -> Eleme
         },
     )
     for tag, identity, text in (("title", ids[0], title), ("desc", ids[1], told)):
-        ElementTree.SubElement(svg, tag, {"id": identity}).text = text
+        ElementTree.SubElement(svg, tag, {"id": identity}).text = clean(text)
     return svg
 
 
@@ -378,9 +380,9 @@ def _text(svg: Element, pieces: Text, x: float, y: float, kind: str = "") -> Non
             last = ElementTree.SubElement(text, "tspan", piece.attributes())
             last.text = piece.text
         elif last is None:
-            text.text = (text.text or "") + piece
+            text.text = (text.text or "") + printable(piece)
         else:
-            last.tail = (last.tail or "") + piece
+            last.tail = (last.tail or "") + printable(piece)
 
 
 def _bar(svg: Element, kind: str, x: float, y: float, width: float, height: float, shown: Number | None) -> None:
@@ -421,6 +423,4 @@ def _attributes(shown: Number | None) -> dict[str, str]:
 
 def _wrapped(text: str, characters: float) -> list[str]:
     """Lines of whole words, of about so many characters; a longer word is cut, so that nothing leaves the drawing."""
-    import textwrap
-
-    return textwrap.wrap(text, max(8, int(characters))) or [""]
+    return textwrap.wrap(clean(text), max(8, int(characters))) or [""]

@@ -1,6 +1,13 @@
-"""Numbers for people: how many digits, and which unit. Everything inside is SI; only `report` speaks of ms and %."""
+"""Numbers for people: how many digits, and which unit. Everything inside is SI; only `report` speaks of ms and %.
+
+Also texts of others, which may hold anything, without what cannot be printed.
+"""
 
 from __future__ import annotations
+
+import re
+
+_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 def rate(value: float) -> str:
@@ -27,3 +34,13 @@ def percent(value: float) -> str:
 def gib(value: float) -> str:
     """Bytes: “139.8 GiB”."""
     return f"{value / 2**30:,.1f} GiB"
+
+
+def printable(text: str) -> str:
+    """`text` without escape sequences and control characters, which a log may hold."""
+    return "".join(letter for letter in _ESCAPE.sub("", text) if letter.isprintable() or letter in "\n\t")
+
+
+def clean(text: str) -> str:
+    """`text` as one line."""
+    return " ".join(printable(re.sub(r"\s+", " ", text)).split())

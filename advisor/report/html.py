@@ -18,10 +18,10 @@ from advisor.core.records import Report
 from advisor.report import compare, naming
 from advisor.report.as_json import dumps, loads
 from advisor.report.fields import Fields, Number
+from advisor.report.formats import clean, printable
 from advisor.report.sections import section
 from advisor.report.sheet import Sheet
 from advisor.report.sheet import shared as shared_by
-from advisor.report.terminal import clean, printable
 
 
 class Source(NamedTuple):

@@ -10,8 +10,9 @@ import msgspec
 from rich.console import Console
 
 from advisor.core.plan import PlannedTrial, total_s
+from advisor.report.formats import clean
 from advisor.report.naming import MISSING
-from advisor.report.terminal import Line, clean, emit, width_of, wrap
+from advisor.report.terminal import Line, emit, width_of, wrap
 
 ESTIMATES = "All times are estimates from one H200 with vLLM 0.26; nothing was run and no GPU was touched."
 _HEADER = ("engines", "MPS", "threads", "minutes", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -94,6 +95,19 @@ def _products(report: Report) -> Iterator[float]:
         yield from (whole * end for end in (step.factor.low, step.factor.high) if end is not None)
         whole *= step.factor.value
         yield whole
+    if (index := led_to(report)) is not None and (gain := report.candidates[index].gain_vs_default) is not None:
+        yield from (end for end in (gain.low, gain.high) if end is not None)
+
+
+def led_to(report: Report) -> int | None:
+    """Which candidate the waterfall leads to: one of the last step's trials, whose gain the factors multiply to."""
+    steps = report.waterfall or []
+    whole = math.prod(step.factor.value for step in steps)
+    for index, one in enumerate(report.candidates):
+        last = bool(steps) and one.trial in steps[-1].trials
+        if last and one.gain_vs_default is not None and math.isclose(one.gain_vs_default.value, whole, rel_tol=1e-3):
+            return index
+    return None
 
 
 def _kernel_parts(report: Report) -> Iterator[KernelPart]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from advisor.core.records import Candidate, Caution, KernelPart, Percentiles, Report, Value
 from advisor.core.wording import rate, times
 from advisor.report import formats, naming
-from advisor.report.formats import milliseconds, percent
+from advisor.report.formats import clean, milliseconds, percent, printable
 from advisor.report.naming import KERNELS_IN_WORDS, LIMIT_IN_WORDS, MISSING, OUTCOME_IN_WORDS
 
 NARROWEST, WIDEST = 80, 100
@@ -35,7 +35,6 @@ COLUMNS = (
 )
 WHAT = 3
 
-_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 _WORD = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")+""")
 _ASCII = str.maketrans({"–": "-", "►": ">", "×": "x", "±": "+-", "·": "|", "→": "->"})
 
@@ -431,13 +430,3 @@ def _encodable(text: str, encoding: str) -> str:
     if encoding.lower().startswith("utf"):
         return text
     return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
-
-
-def printable(text: str) -> str:
-    """`text` without escape sequences and control characters, which a log may hold."""
-    return "".join(letter for letter in _ESCAPE.sub("", text) if letter.isprintable() or letter in "\n\t")
-
-
-def clean(text: str) -> str:
-    """`text` as one line."""
-    return " ".join(printable(re.sub(r"\s+", " ", text)).split())
