@@ -425,6 +425,32 @@ def test_a_loss_is_drawn_as_one_and_called_one():
     assert words(by_id(root, "waterfall-data")).endswith("2 engines under MPS 0.80× (0.78× to 0.82×) loss")
 
 
+def luminance(colour):
+    """Relative luminance of “#rrggbb” by WCAG 2."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_texts_and_marks_stand_out_in_every_theme():
+    style = (ROOT / "advisor" / "report" / "templates" / "style.css").read_text()
+    themes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+    ]
+    assert len(themes) == 3  # light, dark, on paper
+    for theme in themes:
+        for back in (theme["paper"], theme["panel"]):
+            assert all(contrast(theme[name], back) >= 4.5 for name in ("ink", "quiet", "link", "good", "bad", "limit"))
+        for name in ("single", "several", "mps", "percentages", "dark-bar"):
+            assert contrast(theme[name], theme["paper"]) >= 3
+        assert contrast(theme["light-bar"], theme["dark-bar"]) >= 3
+
+
 # ---------------------------------------------------------------- what is said
 
 

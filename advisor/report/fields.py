@@ -38,15 +38,13 @@ class Interval(NamedTuple):
     high: Number | None
     source: Source | None = None
 
-    @property
-    def bounded(self) -> bool:
-        return self.low is not None and self.high is not None
-
     def pieces(self) -> Iterator[str | Number]:
         """“1.19× (1.16 to 1.22)”, for a drawing."""
         yield self.middle
         if self.low is not None and self.high is not None:
             yield from (" (", self.low, " to ", self.high, ")")
+        else:
+            yield " (no interval)"
         if self.source not in (None, "measured"):
             yield f" {self.source}"
 

@@ -53,7 +53,7 @@ def kernels(sheet: Sheet, which: str) -> Drawn:
     )
     caption: list[Piece] = [f"One engine that never waits: {step_in_words(step)}."]
     if takes is not None:
-        caption += [" A step takes ", *takes.pieces(), "." if takes.bounded else " (no interval is known)."]
+        caption += [" A step takes ", *takes.pieces(), "."]
     if step.why:
         caption.append(f" Some could not be told: {step.why}.")
     return Drawn(name, title, caption, drawings, table)
