@@ -249,6 +249,10 @@ def stands_for(text, number, field=""):
     last = 10.0 ** -len(plain.partition(".")[2]) if "e" not in plain else abs(float(plain)) * 1e-2
     if text.endswith("GiB"):
         number /= 2**30
+    elif text.endswith(("TB/s", "TFLOP/s")):
+        number /= 1e12
+    elif text.endswith(" min"):
+        number /= 60
     elif text.endswith(" s"):
         number /= 1000
     elif text.endswith(" ms") and field.endswith("_s"):
@@ -467,6 +471,15 @@ def test_a_predicted_number_says_so_wherever_it_stands():
     assert "Hollow marks were not measured." in words(root)
 
 
+def test_gains_of_what_is_advised_without_a_measurement_say_so():
+    guess = measured(4, True, 29776.0, source="predicted", trial="x")
+    steps = [WaterfallStep(step="mps", change="4 engines under MPS", factor=guess.gain_vs_default, trials=["x"])]
+    root = one(candidates=[measured(1, False, 9100.4), guess], waterfall=steps)
+    told = next(node for node in root.all("dl"))
+    assert len(list(told.all("em"))) == len(list(told.all("dd"))) == 3
+    assert words(drawing(root, "waterfall")).count("predicted") == 2
+
+
 def test_a_number_without_an_interval_says_so():
     bare = msgspec.structs.replace(value(12345.0), low=None, high=None)
     root = one(candidates=[measured(1, False, 1.0, throughput_tok_per_s=bare)])
@@ -561,6 +574,18 @@ def test_texts_of_a_report_stay_texts():
         assert not [name for node in root.all() for name in node.attributes if name.startswith("on")]
         assert words(root).count(EVIL) >= 15 and "49" not in NUMBER.findall(words(root))
         assert not set("\x00\x1b\u202e") & set(written)
+
+
+def test_a_file_with_odd_names_and_numbers_still_makes_a_page():
+    plain = report()
+    odd = report(
+        question=msgspec.structs.replace(plain.question, slo={"speed": 1.0, "ttft_p95": -1.0}, min_gain=1e300),
+        candidates=[measured(10**15, True, 1e300), measured(1, False, -5.0, ttft_ms=Percentiles(p50=0, p95=0, p99=0))],
+        waterfall=[
+            WaterfallStep(step="", change="", factor=value(number), trials=[]) for number in (1e300, 1e300, 0, -1)
+        ],
+    )
+    tree(Source(odd, "odd.json"), Source(plain, "plain.json"))
 
 
 # ---------------------------------------------------------------- several reports

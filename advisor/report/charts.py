@@ -72,8 +72,10 @@ def waterfall(sheet: Sheet) -> Drawn:
     rows = [Row("the default engine", ["1×"], 1.0)]
     lines: list[Sequence[Cell]] = []
     whole = 1.0
+    last = reached(sheet)
+    source = last[0].source if last else None
     for index, step in enumerate(steps):
-        seen = sheet.fields.interval("waterfall", index, "factor", form=times(None))
+        seen = sheet.fields.interval("waterfall", index, "factor", form=times(None), source=source)
         assert seen is not None
         before, whole = whole, whole * step.factor.value
         low, high = step.factor.low, step.factor.high
@@ -89,7 +91,6 @@ def waterfall(sheet: Sheet) -> Drawn:
             )
         )
         lines.append((step.change, seen, "gain" if step.factor.value >= 1 else "loss"))
-    last = reached(sheet)
     if last is not None:
         who, seen = last
         advised = who is naming.chosen(report)

@@ -150,7 +150,8 @@ def _index(sheet: Sheet, wanted: Candidate) -> int:
 
 def _gain(sheet: Sheet, key: str) -> Interval | None:
     against = 1 + sheet.report.question.min_gain if key == "gain_vs_best_without_mps" else None
-    return sheet.fields.interval("recommendation", key, form=times(against))
+    one = _advised(sheet)
+    return sheet.fields.interval("recommendation", key, form=times(against), source=one.source if one else None)
 
 
 def _rate(sheet: Sheet, one: Candidate | None) -> Cell:

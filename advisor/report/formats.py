@@ -44,3 +44,18 @@ def printable(text: str) -> str:
 def clean(text: str) -> str:
     """`text` as one line."""
     return " ".join(printable(re.sub(r"\s+", " ", text)).split())
+
+
+def terabytes(value: float) -> str:
+    """Bytes per second: “4.10 TB/s”."""
+    return f"{value / 1e12:,.2f} TB/s"
+
+
+def teraflops(value: float) -> str:
+    """Operations per second: “790 TFLOP/s”."""
+    return f"{value / 1e12:,.0f} TFLOP/s"
+
+
+def minutes(value: float) -> str:
+    """Seconds: “27.3 min”."""
+    return f"{value / 60:,.1f} min"

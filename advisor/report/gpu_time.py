@@ -31,7 +31,10 @@ def kernels(sheet: Sheet, which: str) -> Drawn:
         if near is not None:
             text += [" · ", near.middle, " of roofline"]
         rows.append(Row(said, text, part.share.value, share.middle))
-        lines.append((said, share.middle, near and near.middle, sms and sms.middle, part.share.source))
+        source = str(part.share.source)
+        if near is not None and near.source != source:
+            source += f", roofline {near.source}"
+        lines.append((said, share.middle, near and near.middle, sms and sms.middle, source))
     if not rows:
         return Drawn(name, title, (), missing=f"Kernels are not known: {step.why or 'none was traced'}.")
     told = f"Shares of the time in which any kernel ran, for {step_in_words(step)}. The table has the numbers."

@@ -22,7 +22,7 @@ from advisor.report.sheet import (
     point_of,
     predicted,
     sort_of,
-)  # fmt: skip
+)
 from advisor.report.tables import Line, Table
 
 
@@ -53,6 +53,7 @@ def _figure(sheet: Sheet, metric: str) -> Drawn:
             seen = sheet.fields.interval("candidates", index, "throughput_tok_per_s", form=rate, source=one.source)
             if seen is not None:
                 at = latency(one, metric)
+                # Without their whiskers, which would hide the curves; the table has the intervals.
                 alone.setdefault(sort_of(one), []).append(point_of(at or 0.0, seen, predicted(one))._replace(low=None))
         lines += _lines(sheet, index, one, metric)
     curves = bool(series)

@@ -9,7 +9,7 @@ import msgspec
 
 from advisor.core.records import Recommendation
 from advisor.report import tables
-from advisor.report.formats import gib, percent
+from advisor.report.formats import gib, minutes, percent
 from advisor.report.sheet import Sheet, count
 from advisor.report.tables import Cell, Table
 
@@ -82,6 +82,11 @@ def machine(sheet: Sheet) -> Table:
         ("fixed piece of work on a core", number("core_s", form=_ms_of_s)),
         ("probes of a core that were slowed", number("cores_slowed_pct", form=percent)),
         ("weights", report.model.weights),
+        *(
+            (("all trials took", number("timeline", len(report.timeline) - 1, "end_s", form=minutes)),)
+            if report.timeline
+            else ()
+        ),
         ("report", f"{'replayed' if report.replayed else 'measured'} {report.created}"),
     ]
     return tables.of(f"{sheet.prefix}machine", "Software and machine", ("", "value"), rows, figures=9)

@@ -9,8 +9,8 @@ from advisor.core.records import Candidate, Caution, Profile
 from advisor.core.wording import rate as speed
 from advisor.report import charts, gpu_time, latency, naming, reproduce, tables
 from advisor.report.fields import Form, Interval
-from advisor.report.formats import milliseconds, percent, rate
-from advisor.report.sheet import Drawn, Sheet, count, full_name, latencies_seen, ordered, predicted, times
+from advisor.report.formats import milliseconds, percent, rate, terabytes, teraflops
+from advisor.report.sheet import Drawn, Sheet, count, full_name, latencies_seen, objectives, ordered, predicted, times
 from advisor.report.tables import Cell, Line, Table
 
 STATUS = {
@@ -109,6 +109,7 @@ def section(sheet: Sheet, letter: str, source: str, replay: str) -> Section:
 
 def _headline(sheet: Sheet) -> Iterator[tuple[str, Interval]]:
     best = naming.chosen(sheet.report)
+    source = best.source if best else None
     for index, one in enumerate(sheet.report.candidates):
         if one is best:
             seen = sheet.fields.interval("candidates", index, "throughput_tok_per_s", form=rate, source=one.source)
@@ -120,7 +121,7 @@ def _headline(sheet: Sheet) -> Iterator[tuple[str, Interval]]:
         ("gain_vs_tuned", "over the tuned engine", None),
         ("gain_vs_best_without_mps", "over the best without MPS", against),
     ):
-        gain = sheet.fields.interval("recommendation", key, form=times(near))
+        gain = sheet.fields.interval("recommendation", key, form=times(near), source=source)
         if gain is not None:
             yield label, gain
 
@@ -252,6 +253,14 @@ def _found_out(sheet: Sheet) -> Table | None:
             one = getattr(profile, key)
             said += "" if one.unit in ("%", "×") else f", in {one.unit}"
             rows.append((said, figure, one.source))
+    if profile is not None and profile.ceilings is not None:
+        for key, said in (
+            ("copy_bytes_per_s", "device memory, read and written"),
+            ("bf16_flops_per_s", "bf16 products"),
+        ):
+            form = terabytes if key == "copy_bytes_per_s" else teraflops
+            ceiling = sheet.fields.number("profile", "ceilings", key, form=form)
+            rows.append((f"the GPU's ceiling for {said}", ceiling, profile.ceilings.source))
     caption = "What else was found out of this model on this GPU, with 90 % intervals where there are any"
     return tables.of(f"{sheet.prefix}found", caption, ("", "value", "source"), rows, texts=1) if rows else None
 
@@ -311,7 +320,7 @@ def _unknown(sheet: Sheet) -> Table | None:
     if not any(len(one.curve) > 1 for one in report.candidates):
         why = "this run measured one load only" if not report.protocol.curve else "no candidate got that far"
         rows.append(("throughput and latency over the load", why))
-    unseen = set(report.question.slo) - set(latencies_seen(report))
+    unseen = set(objectives(report)) - set(latencies_seen(report))
     rows += [(latency.in_words(metric), "no candidate shows it") for metric in sorted(unseen)]
     caption = "What this report does not know, and why"
     headers = ("not known", "why")

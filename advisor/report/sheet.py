@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ SORTS: dict[Sort, str] = {
     "mps": "under MPS",
     "percentages": "under MPS with thread percentages",
 }
+
+
+_METRIC = re.compile(r"(ttft|itl|e2e)_(p50|p95|p99)")
 
 
 class Drawn(NamedTuple):
@@ -67,7 +71,7 @@ def shared(reports: Sequence[Report]) -> Shared:
         rates[unit(report)] = max(rates.get(unit(report), 0.0), _largest(seen))
         for metric in latencies_seen(report):
             ends = [at for one in report.candidates for point in loads(one) if (at := latency(point, metric))]
-            ends += [report.question.slo[metric]] if metric in report.question.slo else []
+            ends += [limit for name, limit in objectives(report).items() if name == metric]
             ends += latencies.get(metric, ())
             latencies[metric] = min(ends), max(ends)
     return Shared(
@@ -155,11 +159,16 @@ def point_of(x: float, seen: Interval, guessed: bool, note: Text = ()) -> Point:
     )
 
 
+def objectives(report: Report) -> dict[str, float]:
+    """Those latency objectives that a figure can be about: a file may hold any name."""
+    return {name: limit for name, limit in report.question.slo.items() if _METRIC.fullmatch(name)}
+
+
 def latencies_seen(report: Report) -> list[str]:
     """“ttft_p95” and the like: those of the objectives, else TTFT and ITL, else what there is."""
-    asked = list(report.question.slo) or ["ttft_p95", "itl_p95"]
+    asked = list(objectives(report)) or ["ttft_p95", "itl_p95"]
     seen = [name for name in asked if any(latency(p, name) for one in report.candidates for p in loads(one))]
-    if seen or report.question.slo:
+    if seen or objectives(report):
         return seen
     e2e = any(latency(point, "e2e_p95") for one in report.candidates for point in loads(one))
     return ["e2e_p95"] if e2e else []
