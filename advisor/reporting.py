@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from advisor import profiling
-from advisor.core.errors import BadQuestion, Unfit
+from advisor.core.errors import BadQuestion, DamagedRecord, Unfit
 from advisor.report.as_json import dumps, loads
 from advisor.report.html import Source, page
 from advisor.shell.store import write
@@ -78,9 +78,15 @@ def _refuse_place(html: Path, sources: Sequence[Path]) -> None:
 
 
 def write_page(sources: Sequence[Source], html: Path) -> None:
-    """Write the page of these reports; what was there before stays until it is complete."""
+    """Write the page of these reports; what was there before stays until it is complete.
+
+    Raises DamagedRecord for numbers that no machine has, Unfit where the page cannot be written.
+    """
     try:
         write(html, page(sources).encode())
+    except OverflowError as error:
+        names = ", ".join(one.name for one in sources)
+        raise DamagedRecord(f"{names}: {error}; take an undamaged copy or write it again") from error
     except OSError as error:
         raise Unfit(_unwritable(html, error)) from error
 

@@ -708,6 +708,7 @@ def test_an_inconclusive_report_is_shown_all_the_same():
         (["report.json", "--html", "/dev/null"], 2, "no ordinary file"),
         (["report.json", "--html", "x" * 300], 3, "cannot be written"),
         (["cut.json"], 3, "cut.json"),
+        (["huge.json", "--html", "page.html"], 3, "huge.json: int too large"),
         (["newer.json"], 3, "install a newer mps-advisor"),
         (["list.json"], 3, "expected an mps-advisor report"),
         (["folder"], 3, "no run folder"),
@@ -717,6 +718,7 @@ def test_what_cannot_be_done_is_one_line_and_a_code(saved, arguments, code, word
     folder = saved.parent
     (folder / "folder").mkdir()
     (folder / "cut.json").write_text(saved.read_text()[:1000])
+    (folder / "huge.json").write_text(saved.read_text().replace('"engines": 4', f'"engines": {10**400}'))
     (folder / "newer.json").write_text('{"schema_version": 99}')
     (folder / "list.json").write_text("[]")
     before = sorted(path.name for path in folder.iterdir())
