@@ -487,6 +487,12 @@ def test_a_number_without_an_interval_says_so():
     assert "12,345 (no interval)" in words(drawing(root, "candidates"))
 
 
+def test_a_gain_near_the_one_that_is_asked_has_more_digits_in_all_of_its_ends():
+    near = msgspec.structs.replace(value(1.05), low=0.9, high=1.1004)
+    root = one(candidates=[measured(2, True, 100.0, gain_vs_best_without_mps=near)])
+    assert "1.050× (0.900× to 1.100×)" in words(by_id(root, "tried"))
+
+
 def test_what_was_not_measured_is_listed_with_its_reason():
     text = words(by_id(one(), "unmeasured").parent)
     for told in (

@@ -22,7 +22,6 @@ from advisor.report.sheet import (
     point_of,
     predicted,
     sort_of,
-    times,
 )
 from advisor.report.tables import Cell
 
@@ -75,7 +74,7 @@ def waterfall(sheet: Sheet) -> Drawn:
     last = reached(sheet)
     source = last[0].source if last else None
     for index, step in enumerate(steps):
-        seen = sheet.fields.interval("waterfall", index, "factor", form=times(None), source=source)
+        seen = sheet.gain("waterfall", index, "factor", source=source)
         assert seen is not None
         before, whole = whole, whole * step.factor.value
         low, high = step.factor.low, step.factor.high
@@ -117,7 +116,7 @@ def reached(sheet: Sheet) -> tuple[Candidate, Interval] | None:
     if index is None:
         return None
     one = sheet.report.candidates[index]
-    seen = sheet.fields.interval("candidates", index, "gain_vs_default", form=times(None), source=one.source)
+    seen = sheet.gain("candidates", index, "gain_vs_default", source=one.source)
     return (one, seen) if seen is not None else None
 
 
@@ -131,7 +130,7 @@ def gains(sheet: Sheet) -> Drawn:
         found = [(index, one) for index, one in ordered(report) if sort_of(one) == sort and one.gain_vs_default]
         points = []
         for index, one in found:
-            seen = sheet.fields.interval("candidates", index, "gain_vs_default", form=times(None), source=one.source)
+            seen = sheet.gain("candidates", index, "gain_vs_default", source=one.source)
             assert seen is not None
             points.append(point_of(places[index], seen, predicted(one)))
             lines.append((full_name(report, one), seen))

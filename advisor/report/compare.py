@@ -11,7 +11,7 @@ from advisor.core.records import Candidate, Report
 from advisor.report import charts, naming
 from advisor.report.fields import Interval
 from advisor.report.formats import gib, milliseconds, percent, rate
-from advisor.report.sheet import Sheet, full_name, times
+from advisor.report.sheet import Sheet, full_name
 from advisor.report.tables import Cell, Line, Table
 
 # What may differ, in the order in which it is told, and the parts of it that say nothing of the machine or question.
@@ -151,7 +151,7 @@ def _index(sheet: Sheet, wanted: Candidate) -> int:
 def _gain(sheet: Sheet, key: str) -> Interval | None:
     against = 1 + sheet.report.question.min_gain if key == "gain_vs_best_without_mps" else None
     one = _advised(sheet)
-    return sheet.fields.interval("recommendation", key, form=times(against), source=one.source if one else None)
+    return sheet.gain("recommendation", key, source=one.source if one else None, against=against)
 
 
 def _rate(sheet: Sheet, one: Candidate | None) -> Cell:

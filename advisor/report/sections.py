@@ -121,7 +121,7 @@ def _headline(sheet: Sheet) -> Iterator[tuple[str, Interval]]:
         ("gain_vs_tuned", "over the tuned engine", None),
         ("gain_vs_best_without_mps", "over the best without MPS", against),
     ):
-        gain = sheet.fields.interval("recommendation", key, form=times(near), source=source)
+        gain = sheet.gain("recommendation", key, source=source, against=near)
         if gain is not None:
             yield label, gain
 
@@ -156,8 +156,8 @@ def _tried(sheet: Sheet) -> Table:
         place = ("candidates", index)
         cells: list[Cell] = [
             fields.interval(*place, "throughput_tok_per_s", form=rate, source=one.source),
-            fields.interval(*place, "gain_vs_default", form=times(None), source=one.source),
-            fields.interval(*place, "gain_vs_best_without_mps", form=times(against), source=one.source),
+            sheet.gain(*place, "gain_vs_default", source=one.source),
+            sheet.gain(*place, "gain_vs_best_without_mps", source=one.source, against=against),
             fields.number(*place, "sms_each", form=count),
             None if one.limited_by is None else naming.LIMIT_IN_WORDS.get(one.limited_by, one.limited_by),
             one.source,
@@ -239,8 +239,8 @@ FOUND_OUT: dict[str, tuple[str, Form]] = {
     "gpu_throughput": ("one engine, if the GPU never waited", rate),
     "gpu_idle_pct": ("GPU idle with the best single engine", percent),
     "cpu_stall_pct": ("of it the host is at work, at least", percent),
-    "overlap": ("by the GPU alone the best several under MPS reach of one engine", times(None)),
-    "host": ("what their gain under load has beyond that", times(None)),
+    "overlap": ("by the GPU alone the best several under MPS reach of one engine", times),
+    "host": ("what their gain under load has beyond that", times),
 }
 
 
@@ -271,7 +271,7 @@ def _overlaps(sheet: Sheet) -> Table | None:
         who = f"{one.engines} engines {'under' if one.mps else 'without'} MPS"
         who += f" at {one.thread_percentage} %" if one.thread_percentage is not None else ""
         parts = ("overlap", "host", "busy", "rest")
-        cells = [sheet.fields.interval("profile", "overlaps", index, key, form=times(None)) for key in parts]
+        cells = [sheet.gain("profile", "overlaps", index, key) for key in parts]
         rows.append((who, *cells, one.overlap.source))
     caption = "How gains over the tuned engine divide: overlap × host, and host = busy × rest, with 90 % intervals"
     headers = ("engines", "overlap of kernels", "host", "GPU busy longer", "neither", "source")

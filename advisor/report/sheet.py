@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from advisor.core.records import Candidate, CurvePoint, KernelPart, Percentiles, Report, Value
+from advisor.core.records import Candidate, CurvePoint, KernelPart, Percentiles, Report, Source, Value
 from advisor.report import figures, naming
-from advisor.report.fields import Fields, Interval
+from advisor.report.fields import Fields, Interval, Key
 from advisor.report.figures import Point, Sort, Text
 from advisor.report.tables import Table
 
@@ -59,6 +59,14 @@ class Sheet(NamedTuple):
     @property
     def unit(self) -> str:
         return unit(self.report)
+
+    def gain(self, *path: Key, source: Source | None = None, against: float | None = None) -> Interval | None:
+        """A gain, with more digits where two would hide on which side of `against` it or an end of it lies."""
+        found = self.fields.interval(*path, form=times, source=source)
+        ends = [] if found is None else [end.value for end in (found.middle, found.low, found.high) if end is not None]
+        if against is not None and any(times(end) == times(against) for end in ends):
+            return self.fields.interval(*path, form=closer, source=source)
+        return found
 
 
 def shared(reports: Sequence[Report]) -> Shared:
@@ -186,14 +194,14 @@ def latency(point: Candidate | CurvePoint, metric: str) -> float | None:
     return value if value is not None and value > 0 else None
 
 
-def times(against: float | None) -> Callable[[float], str]:
-    """“1.19×”; with more digits where two would hide on which side of `against` it lies."""
+def times(value: float) -> str:
+    """“1.19×”."""
+    return f"{value:.2f}×"
 
-    def text(value: float) -> str:
-        near = against is not None and f"{value:.2f}" == f"{against:.2f}"
-        return f"{value:.{3 if near else 2}f}×"
 
-    return text
+def closer(value: float) -> str:
+    """“1.097×”."""
+    return f"{value:.3f}×"
 
 
 def count(value: float) -> str:
