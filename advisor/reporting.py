@@ -5,50 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from advisor import profiling
 from advisor.core.errors import BadQuestion, DamagedRecord, Unfit
-from advisor.report.as_json import dumps, loads
+from advisor.options import shown
+from advisor.report.as_json import dumps
 from advisor.report.html import Source, page
+from advisor.shell.reports import read_report
 from advisor.shell.store import write
-
-# Nothing is asked of a recorded run but its own question.
-_AS_RECORDED = profiling.Asked(
-    model=None,
-    ctx=None,
-    osl=(1, None),
-    workload="serve",
-    concurrency=1,
-    max_engines=None,
-    thread_percentages="auto",
-    min_gain=None,
-    slo=None,
-    dtype="auto",
-    quantization=None,
-    kv_cache_dtype="auto",
-    gpu=None,
-    weights="auto",
-    out=None,
-    resume=False,
-    vllm=None,
-)
 
 
 def read(where: Path) -> Source:
-    """A report that `profile --format json` wrote, or a run folder, which is replayed.
-
-    Raises BadQuestion where nothing is there, Unfit where it cannot be read, is newer, or is no report or run.
+    """A report that `profile --format json` wrote, or that of a run folder, which is replayed. Raises as `read_report`,
+    and Unfit where the name itself is refused.
     """
     try:
-        text = None if where.is_dir() else where.read_bytes()
-    except FileNotFoundError:
-        raise BadQuestion(
-            f"{where} does not exist; a report (profile --format json > FILE) or a run folder is expected"
-        ) from None
+        return Source(read_report(where), shown(where), shown(where) if where.is_dir() else "")
     except OSError as error:
-        raise Unfit(f"{where} cannot be read: {error.strerror}; a report or a run folder is expected") from error
-    if text is None:
-        return Source(profiling.replayed(_AS_RECORDED, str(where)), str(where), str(where))
-    return Source(loads(text, str(where)), str(where))
+        raise Unfit(f"{shown(where)} cannot be read: {error.strerror}") from error
 
 
 def as_json(sources: Sequence[Source]) -> str:
@@ -67,14 +39,16 @@ def refuse_place(html: Path, sources: Sequence[Path]) -> None:
 
 def _refuse_place(html: Path, sources: Sequence[Path]) -> None:
     if html.is_dir():
-        raise BadQuestion(f"--html is {html}, a folder; give the name of a file, for example {html / 'report.html'}")
+        raise BadQuestion(
+            f"--html is {shown(html)}, a folder; give the name of a file, for example {shown(html / 'report.html')}"
+        )
     if not html.parent.is_dir():
-        raise BadQuestion(f"--html is {html}, but the folder {html.parent} does not exist; make it first")
+        raise BadQuestion(f"--html is {shown(html)}, but the folder {shown(html.parent)} does not exist; make it first")
     # A device or a pipe would be replaced by a file, not written to.
     if html.exists() and not html.is_file():
-        raise BadQuestion(f"--html is {html}, which is no ordinary file; give the name of one")
+        raise BadQuestion(f"--html is {shown(html)}, which is no ordinary file; give the name of one")
     if html.exists() and any(one.exists() and html.samefile(one) for one in sources):
-        raise BadQuestion(f"--html is {html}, the report itself; choose another name for the page")
+        raise BadQuestion(f"--html is {shown(html)}, the report itself; choose another name for the page")
 
 
 def write_page(sources: Sequence[Source], html: Path) -> None:
@@ -92,4 +66,4 @@ def write_page(sources: Sequence[Source], html: Path) -> None:
 
 
 def _unwritable(html: Path, error: OSError) -> str:
-    return f"{html} cannot be written: {error.strerror}; choose another place for --html"
+    return f"{shown(html)} cannot be written: {error.strerror}; choose another place for --html"

@@ -10,7 +10,9 @@ import msgspec
 from advisor.core import slo
 from advisor.core.capacity import CapacityPlan, Count, OverDemand, Role, Service, Way
 from advisor.core.records import Value
-from advisor.report.terminal import MISSING, NARROWEST, Line, clean, wrap
+from advisor.report.formats import clean
+from advisor.report.naming import MISSING
+from advisor.report.terminal import NARROWEST, Line, wrap
 
 ROLES: dict[Role, str] = {
     "advised": "advised",

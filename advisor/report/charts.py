@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from advisor.core.advised import advised
 from advisor.core.records import Candidate, Report
-from advisor.report import figures, naming, tables
+from advisor.report import figures, tables
 from advisor.report.fields import Interval
 from advisor.report.figures import Limit, Row, Series, Sort
 from advisor.report.formats import rate
@@ -29,7 +30,7 @@ from advisor.report.tables import Cell
 def candidates(sheet: Sheet) -> Drawn:
     """Throughput of every candidate that worked, with its interval."""
     report, name, title = sheet.report, f"{sheet.prefix}candidates", "Throughput of every candidate"
-    best = naming.chosen(report)
+    best = advised(report)
     rows = []
     for index, one in ordered(report):
         seen = sheet.fields.interval("candidates", index, "throughput_tok_per_s", form=rate, source=one.source)
@@ -92,8 +93,8 @@ def waterfall(sheet: Sheet) -> Drawn:
         lines.append((step.change, seen, "gain" if step.factor.value >= 1 else "loss"))
     if last is not None:
         who, seen = last
-        advised = who is naming.chosen(report)
-        rows.append(_row(f"together: {full_name(report, who)}", seen, sort_of(who), advised, predicted(who)))
+        best = who is advised(report)
+        rows.append(_row(f"together: {full_name(report, who)}", seen, sort_of(who), best, predicted(who)))
         lines.append((f"together: {full_name(report, who)}", seen, "gain" if seen.middle.value >= 1 else "loss"))
     told = "Factors that multiply from the default engine on, each drawn from where the one before ends: " + "; ".join(
         f"{step.change} {step.factor.value:.2f} times" for step in steps

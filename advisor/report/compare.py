@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from advisor.core.advised import advised
 from advisor.core.records import Candidate, Report
 from advisor.report import charts, naming
 from advisor.report.fields import Interval
@@ -74,7 +75,7 @@ def differences(reports: Sequence[Report], letters: Sequence[str]) -> Table:
     return Table("differences", "Where the reports differ", ("", *letters), lines, figures=99)
 
 
-def named(table: Table) -> str:
+def parts_of(table: Table) -> str:
     """The parts in which reports differ and what of each, in words; empty where they do in none."""
     parts: dict[str, list[str]] = {}
     for line in table.lines:
@@ -118,7 +119,7 @@ def _shown(key: str, value: object) -> str:
 
 
 def _advised(sheet: Sheet) -> Candidate | None:
-    return naming.chosen(sheet.report)
+    return advised(sheet.report)
 
 
 def _default(sheet: Sheet) -> Candidate | None:

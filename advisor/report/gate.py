@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import msgspec
 
 from advisor.core.gate import Check, Gate, State, Verdict
-from advisor.report.terminal import Line, clean, wrap
+from advisor.report.formats import clean
+from advisor.report.terminal import Line, wrap
 
 HEADINGS: dict[Verdict, str] = {
     "passed": "Gate passed",

@@ -58,7 +58,7 @@ def page(sources: Sequence[Source]) -> str:
         ],
         verdicts=compare.verdicts(sheets, columns) if several else None,
         differences=differences,
-        named=compare.named(differences) if differences else "",
+        named=compare.parts_of(differences) if differences else "",
         version=__version__,
     )  # fmt: skip
 

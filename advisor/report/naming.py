@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from string import ascii_lowercase
 
+from advisor.core.advised import named
 from advisor.core.records import Candidate, Outcome, Report, Workload
 from advisor.core.tuning import words
 from advisor.core.workload import prompt_range
@@ -49,17 +50,6 @@ def simplicity(one: Candidate) -> tuple[int, bool, int]:
     return one.engines, one.mps, -max(one.thread_percentages or [101])
 
 
-def name(one: Candidate) -> str:
-    """“4 engines under MPS at 50 %”."""
-    text = f"{one.engines} engine" + ("s" if one.engines > 1 else "")
-    if one.thread_percentages:
-        shares = "/".join(map(str, sorted(set(one.thread_percentages))))
-        return f"{text} under MPS at {shares} %"
-    if one.mps:
-        return f"{text} under MPS"
-    return f"{text} without MPS" if one.engines > 1 else text
-
-
 def changes(report: Report, one: Candidate) -> str:
     """What a candidate's settings change of the default engine's, in words; empty where nothing, or not known."""
     default = report.candidates[0].settings
@@ -75,23 +65,7 @@ def marks(report: Report) -> dict[str, str]:
 def marked_name(report: Report, one: Candidate) -> str:
     """The name, with the letter of what the settings change."""
     mark = marks(report).get(changes(report, one))
-    return name(one) + (f" [{mark}]" if mark else "")
-
-
-def chosen(report: Report) -> Candidate | None:
-    """The candidate that is recommended, None without a recommendation."""
-    advice = report.recommendation
-    if advice.status != "recommend":
-        return None
-    same = [
-        one
-        for one in report.candidates
-        if one.outcome == "ok"
-        and one.engines == advice.engines
-        and one.mps == bool(advice.mps)
-        and (one.thread_percentages or None) == (advice.thread_percentages or None)
-    ]
-    return next((one for one in same if one.settings == advice.settings), same[0] if same else None)
+    return named(one) + (f" [{mark}]" if mark else "")
 
 
 def question(report: Report) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from advisor.core.advised import advised
 from advisor.core.records import Candidate, Caution, Profile
 from advisor.core.wording import rate as speed
 from advisor.report import charts, gpu_time, latency, naming, reproduce, tables
@@ -108,7 +109,7 @@ def section(sheet: Sheet, letter: str, source: str, replay: str) -> Section:
 
 
 def _headline(sheet: Sheet) -> Iterator[tuple[str, Interval]]:
-    best = naming.chosen(sheet.report)
+    best = advised(sheet.report)
     source = best.source if best else None
     for index, one in enumerate(sheet.report.candidates):
         if one is best:
@@ -162,7 +163,7 @@ def _tried(sheet: Sheet) -> Table:
             None if one.limited_by is None else naming.LIMIT_IN_WORDS.get(one.limited_by, one.limited_by),
             one.source,
         ]
-        lines.append(Line([_called(sheet, one), *cells], kind="chosen" if one is naming.chosen(report) else ""))
+        lines.append(Line([_called(sheet, one), *cells], kind="chosen" if one is advised(report) else ""))
     caption = "Every candidate; brackets are 90 % intervals, – is not known"
     return Table(f"{sheet.prefix}tried", caption, headers, lines, texts=2)
 
@@ -194,7 +195,7 @@ def _seen(sheet: Sheet) -> Table | None:
             fields.number(*place, "starts", form=count),
             one.source,
         ]
-        lines.append(Line([_called(sheet, one), *cells], kind="chosen" if one is naming.chosen(report) else ""))
+        lines.append(Line([_called(sheet, one), *cells], kind="chosen" if one is advised(report) else ""))
     caption = "Latency, activity and energy of those that worked; they come without an interval, – is not known"
     return Table(f"{sheet.prefix}seen", caption, headers, lines, texts=1) if lines else None
 
@@ -202,7 +203,7 @@ def _seen(sheet: Sheet) -> Table | None:
 def _called(sheet: Sheet, one: Candidate) -> str:
     """The full name, with a mark and a word at what is advised."""
     label = full_name(sheet.report, one)
-    return f"► {label} (advised)" if one is naming.chosen(sheet.report) else label
+    return f"► {label} (advised)" if one is advised(sheet.report) else label
 
 
 def _one_digit(value: float) -> str:
@@ -222,7 +223,7 @@ def _limits(sheet: Sheet) -> list[str]:
     """Of the default engine and of what is advised, or of the fastest where nothing is."""
     report = sheet.report
     known = [one for one in report.candidates if one.limited_by and one.limit_evidence]
-    shown = naming.chosen(report) or max(known, key=speed, default=None)
+    shown = advised(report) or max(known, key=speed, default=None)
     return [
         f"{full_name(report, one)}: {naming.LIMIT_IN_WORDS.get(one.limited_by or '', one.limited_by)} "
         f"({one.limit_evidence})"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from advisor.core.advised import named
 from advisor.core.records import Candidate, CurvePoint, KernelPart, Percentiles, Report, Source, Value
 from advisor.report import figures, naming
 from advisor.report.fields import Fields, Interval, Key
@@ -136,7 +137,7 @@ def sort_of(one: Candidate) -> Sort:
 def full_name(report: Report, one: Candidate) -> str:
     """The name, with what the settings change of the default engine's."""
     changed = naming.changes(report, one)
-    return naming.name(one) + (f", {changed}" if changed else "")
+    return named(one) + (f", {changed}" if changed else "")
 
 
 def predicted(one: Candidate) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from advisor.core.advised import advised, named
 from advisor.core.records import Candidate, Caution, KernelPart, Percentiles, Report, Value
 from advisor.core.wording import rate, times
 from advisor.report import formats, naming
@@ -100,7 +101,7 @@ def _title(report: Report, width: int) -> list[str]:
 
 def _table(report: Report, width: int) -> Iterator[Line]:
     candidates = sorted(report.candidates, key=naming.simplicity)
-    chosen = naming.chosen(report)
+    chosen = advised(report)
     marks, by_load = naming.marks(report), bool(report.question.slo)
     cells = [
         _cells(one, report.gpu.sms, marks.get(naming.changes(report, one), ""), one is chosen, by_load)
@@ -215,7 +216,7 @@ def _cost(report: Report) -> list[str]:
 def _limits(report: Report) -> list[str]:
     """Of the default engine and of what is advised, or of the fastest where nothing is."""
     measured = [one for one in report.candidates if one.limited_by and one.limit_evidence]
-    chosen = naming.chosen(report) or max(measured, key=rate, default=None)
+    chosen = advised(report) or max(measured, key=rate, default=None)
     shown = [one for one in measured if one is report.candidates[0] or one is chosen]
     return [
         f"{naming.marked_name(report, one)}: {LIMIT_IN_WORDS[one.limited_by or '']} ({one.limit_evidence})"
@@ -394,7 +395,7 @@ def _notes(report: Report) -> Iterator[str]:
         yield "What was started again is quoted from its later starts; progress lines show every start."
     for one in report.candidates:
         if one.outcome == "ok" and one.source not in ("measured", None):
-            yield f"{naming.name(one)}: {one.source}, not measured."
+            yield f"{named(one)}: {one.source}, not measured."
     if report.workload.kind == "prefill":
         yield f"Each output token stands for a prompt of {report.workload.isl:,} tokens."
     if report.profile is not None and (bound := report.profile.throughput_bound) is not None:
