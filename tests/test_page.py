@@ -24,7 +24,7 @@ from test_schema import reports
 from test_terminal import advice, failed, measured, report, value
 
 from advisor import reporting
-from advisor.core.records import Caution, CurvePoint, Percentiles, Profile, Question, WaterfallStep
+from advisor.core.records import FAST, Caution, CurvePoint, Percentiles, Profile, Question, WaterfallStep
 from advisor.report.as_json import dumps, loads
 from advisor.report.html import Source, page
 from advisor.report.terminal import render
@@ -550,6 +550,11 @@ def test_the_command_that_measures_again_is_understood(folder):
     command = next(node.text for node in tree(recorded(folder)).all("pre") if "profile --model" in node.text)
     done = run(*shlex.split(command)[1:], "--dry-run")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_fast_profile_is_measured_again_as_one():
+    commands = [node.text for node in one(protocol=FAST).all("pre")]
+    assert sum("--protocol fast" in command for command in commands) == 1
 
 
 # ---------------------------------------------------------------- what is not trusted

@@ -47,6 +47,8 @@ def _question(sheet: Sheet) -> Iterator[str]:
     yield f"--min-gain {asked.min_gain * 100:g}%"
     if asked.slo:
         yield f"--slo {','.join(f'{name}={limit:g}ms' for name, limit in asked.slo.items())}"
+    if report.protocol.quick:
+        yield "--protocol fast"
     yield f"--dtype {shlex.quote(model.dtype)}"
     if model.quantization:
         yield f"--quantization {shlex.quote(model.quantization)}"
