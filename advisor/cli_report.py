@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from advisor.options import shown, stdout
+from advisor.options import Format, shown, stdout
 
 EPILOG = "Example: mps-advisor report report.json --html report.html"
-
-
-class ReportFormat(StrEnum):
-    table = "table"
-    json = "json"
 
 
 def report(
@@ -31,8 +25,8 @@ def report(
         typer.Option(help="Write one page that works offline; a file of that name is replaced.", metavar="FILE"),
     ] = None,
     format: Annotated[
-        ReportFormat, typer.Option("--format", help="What to print on stdout; with --html nothing but JSON.")
-    ] = ReportFormat.table,
+        Format, typer.Option("--format", help="What to print on stdout; with --html nothing but JSON.")
+    ] = Format.table,
 ) -> None:
     """Show a report, or several beside each other, on one page.
 
@@ -46,7 +40,7 @@ def report(
     if html is not None:
         reporting.write_page(read, html)
         typer.echo(f"wrote {shown(html)}", err=True)
-    if format is ReportFormat.json:
+    if format is Format.json:
         typer.echo(reporting.as_json(read))
     elif html is None:
         from advisor.report.terminal import render

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from advisor.core.deployment import Deployment
 from advisor.report.deploy.files import shown
-from advisor.report.terminal import Line, clean, emit, width_of, wrap
+from advisor.report.formats import clean
+from advisor.report.terminal import Line, emit, width_of, wrap
 
 _NEXT = {
     "shell": "start.sh starts it, check.sh looks after it, stop.sh ends it.",
