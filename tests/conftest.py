@@ -45,6 +45,11 @@ TINY = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mutations", type=int, default=0, help="how many damaged records to try (test_damage.py)")
+    parser.addoption("--soak", type=int, default=0, help="how many profiles with random faults to run (test_soak.py)")
+
+
 @dataclass
 class Bench:
     """Where the stubs live and what the tool is run with. Its GPU is its own, so that benches do not meet."""

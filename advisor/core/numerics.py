@@ -95,7 +95,8 @@ def judge_products(
 
 
 def _severity(result: NumericsResult) -> float:
-    return result.worst_error if math.isfinite(result.worst_error) else math.inf
+    # An error below zero is none that was found: nothing is known of the product then.
+    return result.worst_error if math.isfinite(result.worst_error) and result.worst_error >= 0 else math.inf
 
 
 def _fault(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from advisor.core.damage import impossible
 from advisor.core.measure import block_edges, cpu_pct, rates_between, tokens_between
 from advisor.core.records import (
     EngineSettings,
-    LogHistogram,
     MpsEvidence,
     Protocol,
     RawEngine,
@@ -59,7 +59,7 @@ def judge(raw: RawTrial) -> list[Fault]:
     """
     if raw.ended != "completed":
         return [Fault(code=raw.ended, text=raw.detail or f"the trial ended early ({raw.ended})")]
-    damage = list(_damage(raw))
+    damage = list(impossible(raw))
     if damage:
         return [Fault(code="damaged", text="damaged evidence: " + "; ".join(damage[:3]))]
     if raw.spec.kind == "numerics":
@@ -84,84 +84,6 @@ def judge(raw: RawTrial) -> list[Fault]:
 
 def _no_evidence(what: str) -> Fault:
     return Fault(code="no_evidence", text=f"{what} were not recorded, so the trial proves nothing")
-
-
-# ---------------------------------------------------------------- damage
-
-
-def _damage(raw: RawTrial) -> Iterator[str]:
-    """What cannot be true of any trial: numbers that are no numbers, negative counts, lists out of step."""
-    yield from _bad_numbers(raw)
-    if raw.window is not None and not raw.window[0] < raw.window[1]:
-        yield f"the window ends at {raw.window[1]} s but starts at {raw.window[0]} s"
-    for load in raw.loads:
-        if not load.bin_s > 0:
-            yield f"load {load.engine}: bins are {load.bin_s} s wide"
-        if not len(load.tokens) == len(load.first_tokens) == len(load.completions):
-            yield f"load {load.engine}: its lists of bins differ in length"
-    for name in ("ttft", "itl", "e2e"):
-        if len({(getattr(load, name).floor_s, getattr(load, name).ratio) for load in raw.loads}) > 1:
-            yield f"loads: their {name} histograms have different bins"
-    if raw.gpu is not None:
-        gpu = raw.gpu
-        samples = (gpu.at_s, gpu.power_w, gpu.sm_clock_mhz, gpu.memory_used_bytes, gpu.throttle_reasons)
-        activity = (gpu.graphics_active_pct, gpu.sm_active_pct, gpu.sm_occupancy_pct, gpu.tensor_active_pct)
-        if len({len(column) for column in samples}) > 1:
-            yield "gpu: its lists of samples differ in length"
-        if len({len(column) for column in (gpu.gpm_at_s, gpu.gpm_interval_s, gpu.dram_active_pct, *activity)}) > 1:
-            yield "gpu: its lists of GPM rows differ in length"
-    for engine in raw.engines:
-        before, after = engine.counters_start, engine.counters_end
-        if before is not None and after is not None and not _counters_advance(before, after):
-            yield f"engine {engine.engine}: its counters run backwards"
-
-
-def _counters_advance(before: ServerCounters, after: ServerCounters) -> bool:
-    return (
-        before.at_s < after.at_s
-        and before.generation_tokens <= after.generation_tokens
-        and before.prompt_tokens <= after.prompt_tokens
-        and before.prefix_cache_hits <= after.prefix_cache_hits
-        and before.preemptions <= after.preemptions
-        and all(steps <= after.steps_by_tokens.get(bound, 0.0) for bound, steps in before.steps_by_tokens.items())
-    )
-
-
-def _bad_numbers(raw: RawTrial) -> Iterator[str]:
-    """Every number of the evidence that is not finite or is negative; `spec` is the question, not evidence."""
-    for name in raw.__struct_fields__:
-        if name != "spec":
-            yield from _walk(getattr(raw, name), name)
-
-
-def _walk(item: object, path: str) -> Iterator[str]:
-    if isinstance(item, bool):
-        return
-    if isinstance(item, int | float):
-        if not math.isfinite(item) or item < 0:
-            yield f"{path} is {item}"
-    elif isinstance(item, LogHistogram):
-        yield from _walk(item.floor_s, f"{path}.floor_s")
-        yield from _walk(list(item.counts.values()), f"{path}.counts")
-        if not (item.floor_s > 0 and item.ratio > 1):
-            yield f"{path} has bins from {item.floor_s} s in steps of {item.ratio}"
-    elif isinstance(item, RawEngine):
-        for name in item.__struct_fields__:
-            # A process that a signal ended has a negative exit code, and a log-probability is negative.
-            if name == "prompt_logprobs":
-                if not all(math.isfinite(p) for prompt in item.prompt_logprobs for p in prompt):
-                    yield f"{path}.{name} holds a number that is not finite"
-            elif name != "exit_code":
-                yield from _walk(getattr(item, name), f"{path}.{name}")
-    elif isinstance(item, Record):
-        for name in item.__struct_fields__:
-            yield from _walk(getattr(item, name), f"{path}.{name}")
-    elif isinstance(item, dict):
-        for key, each in item.items():
-            yield from _walk(each, f"{path}.{key}")
-    elif isinstance(item, list | tuple):
-        for index, each in enumerate(item):
-            yield from _walk(each, f"{path}[{index}]")
 
 
 # ---------------------------------------------------------------- MPS

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from advisor.core import damage
 from advisor.core.errors import Unfit
 from advisor.core.records import RawTrial, Teardown, TrialSpec
 from advisor.core.starts import same_start
@@ -106,7 +107,7 @@ class Live:
             if start is not None:
                 ended = start.end(self._say)
                 if last is not None:
-                    self._recorded[key(last[1].spec)] = raw = ended.complete(last[1])
+                    self._recorded[key(last[1].spec)] = raw = damage.kept(ended.complete(last[1]))
                     self._folder.complete(last[0], raw)
                 _refuse_leftovers(ended.teardown, slug(start.spec if last is None else last[1].spec))
         if interrupted.asked:
@@ -117,7 +118,7 @@ class Live:
             if self._start is None:
                 self._start = Start(self._place, self._nvml, spec, self._forked_from(spec, say))
             trial = EngineTrial(self._start, spec, now(), say)
-            raw = trial.run()
+            raw = damage.kept(trial.run())
             # What is on disk has to be known as this start's last trial, for its end is written there.
             with whole():
                 path = self._folder.append(raw)
@@ -159,6 +160,7 @@ class Live:
 
     def _numerics(self, spec: TrialSpec, say: Say) -> None:
         raw, interrupted = numerics_trial(self._place, self._nvml, spec, say)
+        raw = damage.kept(raw)
         self._folder.append(raw)
         self._recorded[key(spec)] = raw
         if raw.teardown is not None:

@@ -18,7 +18,7 @@ class Replay:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self._recorded = folder.recorded()
+        self._recorded = folder.own()
 
     def run(self, spec: TrialSpec) -> RawTrial:
         found = self._recorded.get(key(spec))

@@ -14,11 +14,13 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from advisor.core import damage
 from advisor.core.errors import DamagedRecord, Unfit
 from advisor.core.records import SCHEMA_VERSION, Manifest, RawTrial, Record
 from advisor.core.tried import key, slug
@@ -73,12 +75,27 @@ class RunFolder:
             raise Unfit(
                 f"{path} cannot be read: {error.strerror}; a run folder with a {MANIFEST} is expected"
             ) from error
-        return _decode(data, Manifest, path)
+        return _sound(_decode(data, Manifest, path), damage.of_manifest, path)
+
+    def files(self) -> list[tuple[Path, RawTrial]]:
+        """Every finished trial with its file, in the order in which they were run.
+
+        Raises DamagedRecord, naming file and field, for one that cannot be true or is not what its name says.
+        """
+        found = []
+        for path in sorted((self.path / TRIALS).glob("*.json.gz")):
+            raw = _sound(_decode(_unpack(path), RawTrial, path), damage.of_trial, path)
+            # What was asked stands in the name too: a changed `spec` would pass for another candidate.
+            if path.name[4:] != f"{slug(raw.spec)}.json.gz":
+                raise DamagedRecord(
+                    f"{path} is damaged: its `$.spec` is of a trial “{slug(raw.spec)}”; give it its name, or restore it"
+                )
+            found.append((path, raw))
+        return found
 
     def trials(self) -> list[RawTrial]:
         """Every finished trial, in the order in which they were run."""
-        found = sorted((self.path / TRIALS).glob("*.json.gz"))
-        return [_decode(_unpack(path), RawTrial, path) for path in found]
+        return [raw for _, raw in self.files()]
 
     def append(self, raw: RawTrial) -> Path:
         folder = self.path / TRIALS
@@ -93,8 +110,27 @@ class RunFolder:
         _record(path, raw)
 
     def recorded(self) -> dict[str, RawTrial]:
-        """Finished trials by the identity of their spec."""
-        return {key(raw.spec): raw for raw in self.trials()}
+        """Finished trials by the identity of their spec. Raises DamagedRecord where two are the same trial."""
+        return {name: raw for name, (_, raw) in self._by_identity().items()}
+
+    def own(self) -> dict[str, RawTrial]:
+        """As `recorded`, but raises DamagedRecord also for a trial that is not of this manifest's run."""
+        manifest, found = self.manifest(), self._by_identity()
+        for path, raw in found.values():
+            for problem in damage.of_member(raw, manifest):
+                raise DamagedRecord(f"{path} is not of this run: `$.{problem}`; take it away, or restore {MANIFEST}")
+        return {name: raw for name, (_, raw) in found.items()}
+
+    def _by_identity(self) -> dict[str, tuple[Path, RawTrial]]:
+        found: dict[str, tuple[Path, RawTrial]] = {}
+        for path, raw in self.files():
+            first, _ = found.setdefault(key(raw.spec), (path, raw))
+            if first != path:
+                raise DamagedRecord(
+                    f"{path} and {first.name} hold the same trial (`$.spec`), which a run does not do; "
+                    "take the one away that is not of this run"
+                )
+        return found
 
 
 def _record(path: Path, raw: RawTrial) -> None:
@@ -119,6 +155,13 @@ def _unpack(path: Path) -> bytes:
     if not unpacker.eof or unpacker.unused_data:
         raise DamagedRecord(f"{path} is cut short or too long; restore it, or remove it and run again with --resume")
     return data
+
+
+def _sound(record: R, problems: Callable[[R], Iterator[str]], path: Path) -> R:
+    """The record, if nothing is wrong with it."""
+    for problem in problems(record):
+        raise DamagedRecord(f"{path} is damaged: `$.{problem}`; restore it, or remove it and run again")
+    return record
 
 
 def _decode(data: bytes, kind: type[R], path: Path) -> R:
