@@ -321,19 +321,26 @@ def bench(
     from advisor.shell.company import refuse_company
     from advisor.shell.gpu import Nvml
     from advisor.shell.inspect import torch_version, vllm_version
-    from advisor.shell.live import Live, refuse_unfit, scratch_directory
+    from advisor.shell.live import Live, refuse_unfit
     from advisor.shell.lock import GpuLock
+    from advisor.shell.patience import DRIVER_FORGETS_S
     from advisor.shell.place import Place, default_vllm_command
     from advisor.shell.progress import Progress
+    from advisor.shell.remains import Ledger, clear, scratch_directory
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
 
     model, found = _find_model(asked)
     question = _question(asked, model)
     with Nvml() as nvml:
         gpu = nvml.find(asked.gpu)
         machine = host.facts(nvml.numa_node(gpu.uuid))
-        refuse_company(nvml, gpu.uuid)
-    with GpuLock(gpu.uuid):
-        pass  # held by another run? Say so before anything is written; `Live` takes it for the whole run
+        control = mps.binaries().control
+        # Held by another run? Say so before anything else, and name it; `Live` takes the lock for the whole run.
+        with GpuLock(gpu.uuid):
+            cleared = clear(gpu.uuid, control, say)
+        refuse_company(nvml, gpu.uuid, patience_s=DRIVER_FORGETS_S if cleared else 0.0)
     if gpu.mig:
         raise Unfit(f"MIG is on for {gpu.name} ({gpu.uuid}); MPS is measured on a whole GPU: choose another by --gpu")
     if gpu.compute_mode != "Default":
@@ -341,7 +348,6 @@ def bench(
             f"{gpu.name} is in compute mode {gpu.compute_mode}; the comparison without MPS needs mode Default "
             "(nvidia-smi -c DEFAULT, by its administrator)"
         )
-    control = mps.binaries().control
     refuse_unfit(control, mps.foreign_daemons(gpu.uuid))
     command = _vllm_command(asked.vllm) if asked.vllm else default_vllm_command()
     vllm = vllm_version()
@@ -350,7 +356,9 @@ def bench(
     _refuse_unfit_machine(asked)
     base = _settings(model, gpu, question)
     scratch = scratch_directory()
+    ledger: Ledger | None = None
     try:
+        ledger = Ledger(gpu.uuid, scratch)
         stand_ins = _stand_ins(model, scratch)
         if stand_ins is not None:
             base = msgspec.structs.replace(base, load_format="auto")
@@ -359,7 +367,7 @@ def bench(
         with GpuLock(gpu.uuid):
             found_here = ceilings.measured(gpu, ceilings.cache_folder())
             with Nvml() as nvml:
-                refuse_company(nvml, gpu.uuid, patience_s=10.0)
+                refuse_company(nvml, gpu.uuid, patience_s=DRIVER_FORGETS_S)
         manifest = complete(msgspec.structs.replace(manifest, ceilings=found_here or manifest.ceilings))
         model_folder = found.folder or hub.prepare_folder(model, found.tokenizer, scratch / "model")
         tokenizer = model_folder / hub.TOKENIZER
@@ -380,12 +388,15 @@ def bench(
             scratch=scratch,
             control=control,
             scrub=_scrub(model_folder, scratch),
+            note=ledger.note,
         )
-        console.print(f"recording in {folder.path}", soft_wrap=True, markup=False)
+        say(f"recording in {folder.path}")
         with Progress(console) as progress, Live(place, folder, progress.say) as runner:
             yield Bench(manifest, runner, progress, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if ledger is not None:
+            ledger.close()
 
 
 def _refuse_unfit_machine(asked: Asked) -> None:

@@ -134,6 +134,10 @@ class Bench:
                 continue
         return found
 
+    def ledgers(self) -> list[str]:
+        """What the tool wrote down of runs that are not over, or were killed."""
+        return [path.name for path in self.temporary.glob("mps-advisor-*/*.run")]
+
     def scratch(self) -> list[str]:
         """What the tool left in its directory for temporary files, the lock apart."""
         return [path.name for path in self.temporary.iterdir() if not path.name.startswith("mps-advisor-")]

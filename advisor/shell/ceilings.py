@@ -14,11 +14,11 @@ from pathlib import Path
 import msgspec
 
 from advisor.core.records import Ceilings, GpuFacts
+from advisor.shell.patience import CEILINGS_S
 from advisor.shell.processes import child_environment
 from advisor.shell.store import write
 
 WORKER = ("-m", "advisor.shell.ceilings_worker")
-TIMEOUT_S = 90.0
 
 
 def cache_folder() -> Path:
@@ -43,7 +43,7 @@ def measured(gpu: GpuFacts, folder: Path, worker: Sequence[str] = WORKER) -> Cei
             env=child_environment({"CUDA_VISIBLE_DEVICES": gpu.uuid}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=TIMEOUT_S,
+            timeout=CEILINGS_S,
             check=True,
         )
         found = msgspec.json.decode(done.stdout, type=dict[str, float])

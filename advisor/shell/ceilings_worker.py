@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
+from advisor.shell.processes import end_with_parent
+
 REPEATS = 20
 LARGEST_COPY_BYTES = 4 << 30
 PRODUCT = 8192
@@ -53,6 +55,7 @@ def _best_s(work: Callable[[], object], device: str, repeats: int) -> float:
 
 
 def main() -> None:
+    end_with_parent()
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     if device == "cuda":
         import torch

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from advisor.core.records import CoreSpeed
 from advisor.shell import core_probe_worker
-
-_LIMIT_S, _LIMIT_S_PER_CORE = 10.0, 2.0
+from advisor.shell.patience import CORE_PROBE_PER_CORE_S, CORE_PROBE_S
 
 
 def core_speeds(cores: Iterable[int]) -> list[CoreSpeed]:
@@ -33,7 +32,7 @@ def core_speeds(cores: Iterable[int]) -> list[CoreSpeed]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_LIMIT_S + _LIMIT_S_PER_CORE * len(asked),
+            timeout=CORE_PROBE_S + CORE_PROBE_PER_CORE_S * len(asked),
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

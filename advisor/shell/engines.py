@@ -20,6 +20,7 @@ from typing import Any
 
 from advisor.core.errors import Unfit
 from advisor.core.records import RawEngine, ServerCounters
+from advisor.shell.patience import DEATH_TOLD_S, ENGINE_END_S, HEALTH_S, METRICS_S, RPC_GRACE_S
 from advisor.shell.processes import Child, Known, end, start_pinned, tree, wait_gone
 from advisor.shell.warm import Warm, WarmGone
 
@@ -118,15 +119,15 @@ class _Engine:
         # The count is brought up to date at the end of a step. When all requests were cut off there is none to come.
         nudge = {"model": SERVED_NAME, "prompt": "1", "max_tokens": 1, "temperature": 0.0, "ignore_eos": True}
         try:
-            self.request("POST", "/v1/completions", nudge, timeout_s=10.0)
-            status, body = self.request("GET", "/metrics", timeout_s=10.0)
+            self.request("POST", "/v1/completions", nudge, timeout_s=METRICS_S)
+            status, body = self.request("GET", "/metrics", timeout_s=METRICS_S)
         except (OSError, http.client.HTTPException):
             return 0.0
         values = _metrics(body.decode(errors="replace"))[0] if status == 200 else {}
         return values.get("vllm:num_requests_running", 0.0) + values.get("vllm:num_requests_waiting", 0.0)
 
     def request(
-        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = METRICS_S
     ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
@@ -228,7 +229,7 @@ class Engines:
             if code is None:
                 # Give the API server a moment to notice and say why.
                 try:
-                    code = engine.process.wait(3.0)
+                    code = engine.process.wait(DEATH_TOLD_S)
                 except subprocess.TimeoutExpired:
                     code = None
             text = engine.log_text()
@@ -282,6 +283,10 @@ class Engines:
             for pid in [*front, *([engine.core.pid] if engine.core is not None else [])] if mine else ():
                 _pin(pid, mine)
 
+    def seen_pids(self) -> set[int]:
+        """The processes of these engines as they were last looked at, their first ones included."""
+        return {engine.process.pid for engine in self._engines} | {pid for one in self._engines for pid in one.known}
+
     def own_pids(self) -> set[int]:
         """Every process of these engines that was ever seen."""
         for engine in self._engines:
@@ -292,7 +297,7 @@ class Engines:
         """Read vllm's counters of every engine once. A server that does not answer leaves no row."""
         for engine in self._engines:
             try:
-                status, body = engine.request("GET", "/metrics", timeout_s=10.0)
+                status, body = engine.request("GET", "/metrics", timeout_s=METRICS_S)
             except (OSError, http.client.HTTPException):
                 continue
             if status == 200:
@@ -344,7 +349,7 @@ class Engines:
         body = {"method": method, "kwargs": dict(arguments), "timeout": timeout_s}
 
         def ask(engine: _Engine) -> dict[str, Any]:
-            status, answer = engine.request("POST", "/collective_rpc", body, timeout_s + 5.0)
+            status, answer = engine.request("POST", "/collective_rpc", body, timeout_s + RPC_GRACE_S)
             if status != 200:
                 raise ValueError(f"HTTP {status}: {answer[:200].decode(errors='replace')}")
             found = json.loads(answer)["results"][0]
@@ -436,7 +441,7 @@ class Engines:
             steps.append(f"SIGTERM to API servers {', '.join(map(str, asked))}")
         left = wait_gone(everything, timeout_s, processes)
         if left:
-            steps += end(left, 5.0, processes)
+            steps += end(left, ENGINE_END_S, processes)
             left = wait_gone(left, 0.0, processes)
         if not left:
             steps.append("all engine processes gone")
@@ -490,7 +495,7 @@ def _is_free(port: int) -> bool:
 
 def _healthy(engine: _Engine) -> bool:
     try:
-        return engine.request("GET", "/health", timeout_s=2.0)[0] == 200
+        return engine.request("GET", "/health", timeout_s=HEALTH_S)[0] == 200
     except (OSError, http.client.HTTPException):
         return False
 

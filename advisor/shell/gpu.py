@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 from advisor.core.errors import BadQuestion, Unfit
 from advisor.core.records import GpuFacts, GpuSamples
+from advisor.shell.patience import SAMPLER_STOP_S as _STOP_TIMEOUT_S
 
 Answer = TypeVar("Answer")
 
@@ -31,7 +32,6 @@ _NO_ANSWER = {3, 4, 13}
 _GPM_METRICS = (1, 2, 3, 5, 10)
 # NVML wants the two samples of a pair at least this far apart.
 _GPM_INTERVAL_MIN_S = 0.1
-_STOP_TIMEOUT_S = 5.0
 
 
 class Nvml:

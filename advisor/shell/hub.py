@@ -17,11 +17,11 @@ from typing import Any, Literal
 from advisor.core.errors import BadQuestion, Unfit
 from advisor.core.records import ModelFacts
 from advisor.core.vocabulary import build_tokenizer
+from advisor.shell.patience import NETWORK_S as NETWORK_LIMIT_S
 from advisor.shell.resources import load_yaml, profiles_directory
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-NETWORK_LIMIT_S = 10.0
 
 _LARGEST_CONFIG_BYTES = 4 * 1024**2
 _REPOSITORY = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?\Z", re.ASCII)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +25,6 @@ from advisor.shell.start import Start
 from advisor.shell.store import RunFolder
 from advisor.shell.trial import EngineTrial
 from advisor.shell.warm import Warm, python_of
-
-
-def scratch_directory() -> Path:
-    """A directory with a short path: sockets live in it, and their paths may hold 107 bytes."""
-    return Path(tempfile.mkdtemp(prefix="mpsa-"))
 
 
 class Live:
@@ -149,6 +143,7 @@ class Live:
         if self._warm is None:
             say("importing vLLM")
             self._warm = _warm(self._place)
+            self._place.note([self._warm.pid] if self._warm is not None else [])
         if self._warm is None or not self._warm.ready():
             self._cool()
         return self._warm

@@ -28,13 +28,14 @@ from advisor.core.records import RawLoad, Record, Workload
 from advisor.core.workload import output_tokens, shares
 from advisor.shell import board
 from advisor.shell.load_worker import Calibration, LoadConfig, Tick
+from advisor.shell.patience import LOAD_ABORT_S as ABORT_TIMEOUT_S
+from advisor.shell.patience import LOAD_EXIT_S as EXIT_TIMEOUT_S
+from advisor.shell.patience import LOAD_SUMMARY_S as SUMMARY_TIMEOUT_S
+from advisor.shell.patience import LOAD_THREAD_S
+from advisor.shell.patience import REQUEST_S as REQUEST_TIMEOUT_S
 
 WORKER: Final = [sys.executable, "-m", "advisor.shell.load_worker"]
 BOARD: Final = "in-flight"
-REQUEST_TIMEOUT_S: Final = 600.0
-SUMMARY_TIMEOUT_S: Final = 30.0
-EXIT_TIMEOUT_S: Final = 5.0
-ABORT_TIMEOUT_S: Final = 2.0
 STDERR_LINES_KEPT: Final = 20
 
 
@@ -170,7 +171,7 @@ class _Worker:
             code = self._process.wait(EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return "closed its output and lives on"
-        self._threads[0].join(1.0)
+        self._threads[0].join(LOAD_THREAD_S)
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return f"{how}: {self._stderr[-1]}" if self._stderr else how
 
@@ -181,9 +182,10 @@ class _Worker:
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            self._process.wait(EXIT_TIMEOUT_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_TIMEOUT_S)
         for thread in self._threads:
-            thread.join(1.0)
+            thread.join(LOAD_THREAD_S)
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             assert pipe is not None
             with contextlib.suppress(OSError):

@@ -35,7 +35,7 @@ class GpuLock:
     def __enter__(self) -> Self:
         if self._descriptor is not None:
             raise RuntimeError("this lock is held already; make another one")
-        _private_directory(self._directory)
+        private_directory(self._directory)
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -73,7 +73,7 @@ class GpuLock:
             raise Unfit(f"{self.path} cannot be locked ({error.strerror}); set TMPDIR to a local directory") from error
 
 
-def _private_directory(path: Path) -> None:
+def private_directory(path: Path) -> None:
     """Make it, or make sure that it is a real directory of this user: others can write where it lies."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

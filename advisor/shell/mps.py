@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +23,9 @@ from typing import TypeVar
 import psutil
 
 from advisor.core.errors import Unfit
+from advisor.shell.patience import MPS_FORCE_S, MPS_QUIT_S, MPS_START_S
+from advisor.shell.patience import MPS_QUERY_S as _QUERY_LIMIT_S
+from advisor.shell.patience import MPS_SIGNAL_S as _SIGNAL_WAIT_S
 
 CONTROL_NAME = "nvidia-cuda-mps-control"
 SERVER_NAME = "nvidia-cuda-mps-server"
@@ -34,11 +37,9 @@ _NO_DAEMON = "cannot find mps control daemon"
 
 _SOCKET_PATH_MAX_BYTES = 107  # sun_path holds 108 with its closing NUL
 _SOCKET_NAME_BYTES = 20  # the longest name in a pipe directory is control_privileged
-_QUERY_LIMIT_S = 5.0
 _QUERY_TRIES = 4
 _QUERY_PAUSE_S = 0.1
 _POLL_S = 0.02
-_SIGNAL_WAIT_S = 3.0
 
 _Answer = TypeVar("_Answer")
 
@@ -146,14 +147,14 @@ class Daemon:
         self._asking = threading.Lock()
 
     @classmethod
-    def start(cls, directory: Path, control: Path, gpu_uuid: str, timeout_s: float = 10.0) -> Daemon:
+    def start(cls, directory: Path, control: Path, gpu_uuid: str, timeout_s: float = MPS_START_S) -> Daemon:
         """Start a daemon with its sockets in `directory/pipe` and its logs in `directory/log`; it answers on return.
 
         Raises Unfit when the path is too long for a socket, the directory cannot be written, a daemon answers there
         already, or the new one does not answer within `timeout_s`. Nothing is left running then.
         """
         daemon = cls(control, directory, gpu_uuid)
-        _check_socket_path(daemon.pipe_directory)
+        check_socket_path(daemon.pipe_directory)
         _private_directory(daemon.pipe_directory)
         _private_directory(daemon.log_directory)
         if answers(daemon.pipe_directory, control):
@@ -163,6 +164,18 @@ class Daemon:
         except BaseException:
             daemon._abandon()
             raise
+        return daemon
+
+    @classmethod
+    def found(cls, directory: Path, control: Path, gpu_uuid: str, proven: Collection[int]) -> Daemon:
+        """A daemon that runs already, in `directory/pipe`: one that an earlier process of ours started there.
+
+        It gets signals only if its process is among the `proven`; else it is only asked to quit.
+        """
+        daemon = cls(control, directory, gpu_uuid)
+        process = _find_daemon(daemon.pipe_directory)
+        daemon._process = process if process is not None and process.pid in proven else None
+        daemon._remember_children()
         return daemon
 
     @property
@@ -222,7 +235,7 @@ class Daemon:
         """The recorded daemon and servers that still run; empty after a clean end."""
         return [process.pid for process in self._own_processes()]
 
-    def quit(self, timeout_s: float = 10.0, force_s: int = 5) -> list[str]:
+    def quit(self, timeout_s: float = MPS_QUIT_S, force_s: int = MPS_FORCE_S) -> list[str]:
         """End the daemon and its servers; the steps taken, each with its time in seconds since the call.
 
         `quit` first, which waits for clients: `timeout_s` for that. Then `quit -t force_s`, which ends servers after
@@ -426,8 +439,8 @@ def _status(answer: str) -> str:
     return status
 
 
-def _check_socket_path(pipe_directory: Path) -> None:
-    """The daemon itself starts with a path that is too long, and then ends without a word."""
+def check_socket_path(pipe_directory: Path) -> None:
+    """Raise Unfit for a path that is too long: the daemon itself would start, and then end without a word."""
     room = _SOCKET_PATH_MAX_BYTES - 1 - _SOCKET_NAME_BYTES
     length = len(os.fsencode(pipe_directory))
     if length > room:

@@ -16,10 +16,10 @@ import msgspec
 
 from advisor.core.numerics import Product
 from advisor.core.records import NumericsResult, RawNumerics
+from advisor.shell.patience import NUMERICS_END_S as _END_S
 
 WORKER = ("-m", "advisor.shell.numerics_worker")
 PERCENTAGE_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-_END_S = 5.0
 _TAIL_BYTES = 16 * 1024
 _WHY_CHARACTERS = 300
 

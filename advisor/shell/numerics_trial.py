@@ -14,10 +14,9 @@ from advisor.shell import mps, numerics
 from advisor.shell.clock import Clock, now
 from advisor.shell.gpu import Nvml
 from advisor.shell.interrupts import Say, uninterrupted, whole
+from advisor.shell.patience import DRIVER_FORGETS_S, NUMERICS_QUIT_S, NUMERICS_S
 from advisor.shell.place import Place
 from advisor.shell.processes import child_environment
-
-TIMEOUT_S = 240.0
 
 
 def numerics_trial(place: Place, nvml: Nvml, spec: TrialSpec, say: Say) -> tuple[RawTrial, bool]:
@@ -35,6 +34,7 @@ def numerics_trial(place: Place, nvml: Nvml, spec: TrialSpec, say: Say) -> tuple
         with whole():
             directory = Path(tempfile.mkdtemp(prefix="t", dir=place.scratch))
             daemon = mps.Daemon.start(directory, place.control, uuid)
+            place.note([daemon.pid] if daemon.pid else [])
         say(f"checking matrix products at {', '.join(f'{p} %' for p in spec.percentages)}")
         raw = numerics.check(
             spec.percentages,
@@ -42,7 +42,7 @@ def numerics_trial(place: Place, nvml: Nvml, spec: TrialSpec, say: Say) -> tuple
             daemon.client_environment,
             child_environment({"CUDA_VISIBLE_DEVICES": uuid}),
             sys.executable,
-            TIMEOUT_S,
+            NUMERICS_S,
             dtype=place.manifest.model.dtype,
         )
     except mps.MpsQueryError as failure:
@@ -50,11 +50,11 @@ def numerics_trial(place: Place, nvml: Nvml, spec: TrialSpec, say: Say) -> tuple
     finally:
         if daemon is not None:
             with uninterrupted(say) as interrupted:
-                steps = daemon.quit(20.0)
+                steps = daemon.quit(NUMERICS_QUIT_S)
                 daemon_left = not daemon.gone()
             stop = interrupted.asked
     clock.stage("teardown")
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + DRIVER_FORGETS_S
     while nvml.compute_processes(uuid) and time.monotonic() < deadline:
         time.sleep(0.1)
     clock.close()

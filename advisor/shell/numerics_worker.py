@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from advisor.core.numerics import NOT_FINITE
+from advisor.shell.processes import end_with_parent
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -236,6 +237,7 @@ def _write(answers: TextIO, line: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    end_with_parent()
     config = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

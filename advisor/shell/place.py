@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ class Place:
     scratch: Path
     control: Path | None
     scrub: Mapping[str, str]
+    # Where processes of ours are written down, for whoever has to clear up after a run that was killed.
+    note: Callable[[Iterable[int]], None] = lambda pids: None
 
     @property
     def gpu_uuid(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from typing import Protocol
 
 import psutil
 
+from advisor.shell.patience import KILLED_S
+
 # Set the cores first, then become the program: no thread of it ever runs elsewhere. The parent-death signal
 # goes to the program itself, so that nothing survives an advisor that was killed.
 _PIN_AND_EXEC = (
@@ -23,6 +26,8 @@ _PIN_AND_EXEC = (
     "ctypes.CDLL(None).prctl(1,signal.SIGTERM,0,0,0)\n"
     "os.execvp(sys.argv[2],sys.argv[2:])\n"
 )
+
+_PR_SET_PDEATHSIG = 1
 
 # What a child may see of our environment. Everything else is left out, CUDA_MPS_* above all.
 _INHERITED = (
@@ -66,6 +71,11 @@ class Child(Protocol):
 def pinned(argv: Sequence[str], cores: Sequence[int]) -> list[str]:
     """The command line that runs `argv` on these cores (none: on any), and ends it when this process ends."""
     return [sys.executable, "-c", _PIN_AND_EXEC, ",".join(map(str, cores)), *argv]
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process, a worker of ours, when the one that started it ends; even if that is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def start_pinned(argv: Sequence[str], cores: Sequence[int], environment: Mapping[str, str], log: Path) -> Child:
@@ -130,7 +140,7 @@ def end(processes: Sequence[Known], timeout_s: float, poll: Sequence[Child] = ()
     """End processes: SIGTERM, wait, SIGKILL for what is left, wait. Returns the steps that were needed."""
     steps: list[str] = []
     left = [one for one in processes if one.alive]
-    for number, name, patience_s in ((signal.SIGTERM, "SIGTERM", timeout_s), (signal.SIGKILL, "SIGKILL", 10.0)):
+    for number, name, patience_s in ((signal.SIGTERM, "SIGTERM", timeout_s), (signal.SIGKILL, "SIGKILL", KILLED_S)):
         if not left:
             break
         steps.append(f"{name} to {', '.join(str(one.pid) for one in left)}")

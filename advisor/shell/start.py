@@ -22,6 +22,7 @@ from advisor.shell.company import refuse_company, refuse_strangers
 from advisor.shell.engines import SERVED_NAME, EngineFailed, Engines, Launch
 from advisor.shell.gpu import Nvml, Sampler
 from advisor.shell.interrupts import Say, whole
+from advisor.shell.patience import FIXED_PROMPTS_S, IDLE_S
 from advisor.shell.place import Place
 from advisor.shell.plugged import plugged_in
 from advisor.shell.processes import child_environment
@@ -30,8 +31,6 @@ from advisor.shell.warm import Warm
 # The fixed prompts whose log-probabilities show that two engines compute the same: long enough for the
 # attention kernel to work, few enough to cost nothing.
 FIXED_PROMPTS, FIXED_PROMPT_TOKENS, FIXED_PROMPT_SEED = 4, 96, 20250
-# How long engines may go on with requests of an earlier window that were cut off.
-IDLE_TIMEOUT_S = 30.0
 # GPU memory that may stay in use after a trial: driver bookkeeping, not ours.
 MEMORY_SLACK_BYTES = 300 << 20
 # A socket's path has 107 bytes; vLLM names one by a slash and a UUID.
@@ -102,10 +101,14 @@ class Start:
             environment = self._start_daemon()
             self._engines = Engines(self._launches(environment), self.origin_s, self.place.scrub, self._warm)
             self._engines.start()
+            self._note()
         total = self.spec.engines + self.spec.idle_engines
-        self._engines.wait_ready(
-            self._protocol.engine_start_timeout_s, lambda ready: say(f"starting engines, {ready} of {total} ready")
-        )
+
+        def waiting(ready: int) -> None:
+            self._note()
+            say(f"starting engines, {ready} of {total} ready")
+
+        self._engines.wait_ready(self._protocol.engine_start_timeout_s, waiting)
         self._placed = self._cores_at_launch()
         if self.spec.split_cores:
             self._engines.split_cores()
@@ -117,7 +120,14 @@ class Start:
         if self.place.control is None:
             raise Unfit("nvidia-cuda-mps-control is not on PATH; install the NVIDIA driver's MPS programs")
         self._daemon = mps.Daemon.start(self.directory, self.place.control, self._uuid)
+        self._note()
         return self._daemon.client_environment(self.spec.thread_percentage)
+
+    def _note(self, servers: Sequence[int] = ()) -> None:
+        """Write down what has been started by now: nobody else could, if this process were killed."""
+        daemon = [] if self._daemon is None or self._daemon.pid is None else [self._daemon.pid]
+        engines = [] if self._engines is None else self._engines.seen_pids()
+        self.place.note([*daemon, *servers, *engines])
 
     def _launches(self, mps_environment: Mapping[str, str]) -> list[Launch]:
         argv = [*self.place.vllm_command, "serve", str(self.place.model_folder)]
@@ -179,7 +189,7 @@ class Start:
             self._refuse_detached(clients)
             # Several API servers each count for themselves, and late: ask only where requests were cut off.
             if self.unfinished:
-                self.engines.wait_idle(IDLE_TIMEOUT_S)
+                self.engines.wait_idle(IDLE_S)
                 self.unfinished = False
         if spec.engine_cores != self._placed:
             self.engines.pin(spec.engine_cores)
@@ -187,7 +197,7 @@ class Start:
         prompts = self._fixed_prompts(workload)
         # Once per start: they say what the engines compute, and that is the same under any load.
         if prompts != self._asked:
-            self.engines.ask_logprobs(prompts, generated=workload.kind == "decode", timeout_s=60.0)
+            self.engines.ask_logprobs(prompts, generated=workload.kind == "decode", timeout_s=FIXED_PROMPTS_S)
             self._asked = prompts
 
     def _refuse_detached(self, clients: Sequence[int]) -> None:
@@ -210,7 +220,9 @@ class Start:
         """PIDs of the MPS clients and servers; none of either when there is no daemon of ours."""
         if self._daemon is None:
             return [], []
-        return sorted(self._daemon.clients()), sorted(self._daemon.servers())
+        clients, servers = sorted(self._daemon.clients()), sorted(self._daemon.servers())
+        self._note(servers)
+        return clients, servers
 
     def servers(self) -> list[int]:
         return [] if self._daemon is None else sorted(self._daemon.servers())
@@ -282,12 +294,19 @@ class Start:
         return Ended(teardown, clock.stages[0], exit_codes)
 
     def _wait_for_memory(self) -> int | None:
-        """The driver gives memory back a moment after a process ends; wait for it, up to the teardown's limit."""
+        """The driver gives memory back a moment after a process ends; wait for it, up to the teardown's limit.
+
+        None as well where the GPU does not answer any more: how the rest went is on record all the same.
+        """
         before = self._memory_before
         deadline = time.monotonic() + self._protocol.teardown_timeout_s
         while True:
-            used = self.nvml.memory_used_bytes(self._uuid)
-            done = used is None or before is None or used <= before + MEMORY_SLACK_BYTES
-            if (done and not self.nvml.compute_processes(self._uuid)) or time.monotonic() > deadline:
+            try:
+                used = self.nvml.memory_used_bytes(self._uuid)
+                done = used is None or before is None or used <= before + MEMORY_SLACK_BYTES
+                done = done and not self.nvml.compute_processes(self._uuid)
+            except Unfit:
+                return None
+            if done or time.monotonic() > deadline:
                 return used
             time.sleep(0.1)

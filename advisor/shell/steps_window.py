@@ -12,10 +12,10 @@ from advisor.core.records import RawKernel, RawStep, RawTrace, Step, TrialSpec
 from advisor.shell.clock import Clock
 from advisor.shell.gpu import Sampler
 from advisor.shell.interrupts import Say
+from advisor.shell.patience import STEP_S
 from advisor.shell.start import Start
 from advisor.shell.window import Seen
 
-PREPARE_TIMEOUT_S = 120.0
 # All engines begin a step together, so long after they were asked to.
 HEAD_START_S = 0.5
 # A step is repeated for so many marks at least, which are a batch apart; together each batch takes up to as many times
@@ -57,7 +57,7 @@ class StepsWindow:
     def _one(self, index: int, step: Step) -> None:
         engines = self._start.engines
         wanted = {key: value for key, value in msgspec.to_builtins(step).items() if value}
-        prepared = engines.call("advisor_prepare", wanted, PREPARE_TIMEOUT_S)
+        prepared = engines.call("advisor_prepare", wanted, STEP_S)
         rows = [
             RawStep(
                 step=index,
@@ -76,7 +76,7 @@ class StepsWindow:
             alone_s = min(float(one.get("step_s", 0.0)) for one in prepared)
             seconds = max(self._spec.step_s, FEWEST_MARKS * len(prepared) * max(alone_s, MARK_S))
             asked = {"start_s": time.monotonic() + HEAD_START_S, "seconds": seconds}
-            done = engines.call("advisor_run", asked, seconds + PREPARE_TIMEOUT_S)
+            done = engines.call("advisor_run", asked, seconds + STEP_S)
             rows = [self._marked(row, one) for row, one in zip(rows, done, strict=True)]
             if self._spec.traced:
                 self._trace(index)
@@ -85,9 +85,7 @@ class StepsWindow:
     def _trace(self, index: int) -> None:
         """Trace the step that is prepared, on the first engine while the others rest."""
         self._say(f"step {index + 1} of {len(self._spec.steps)}: tracing its kernels")
-        (found,) = self._start.engines.call(
-            "advisor_trace", {"repeats": self._spec.traced}, PREPARE_TIMEOUT_S, engines=1
-        )
+        (found,) = self._start.engines.call("advisor_trace", {"repeats": self._spec.traced}, STEP_S, engines=1)
         kernels = [
             RawKernel(name=int(name), start_s=float(at), seconds=float(length), blocks=int(blocks))
             for name, at, length, blocks in found.get("kernels", [])

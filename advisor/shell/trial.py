@@ -10,12 +10,10 @@ from advisor.shell.clock import Clock
 from advisor.shell.engines import EngineFailed
 from advisor.shell.interrupts import Say, uninterrupted
 from advisor.shell.load import LoadFailed
+from advisor.shell.patience import BLAME_S
 from advisor.shell.start import Start
 from advisor.shell.steps_window import StepsWindow
 from advisor.shell.window import LoadWindow
-
-# How long a failed load waits for an engine's death to become visible.
-BLAME_S = 2.0
 
 
 class EngineTrial:

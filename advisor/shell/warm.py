@@ -16,15 +16,15 @@ from typing import IO, Any
 
 import psutil
 
+from advisor.shell.patience import KILLED_S
+from advisor.shell.patience import WARM_CLOSE_S as CLOSE_TIMEOUT_S
+from advisor.shell.patience import WARM_FORK_S as FORK_TIMEOUT_S
+from advisor.shell.patience import WARM_READY_S as READY_TIMEOUT_S
 from advisor.shell.processes import Child, pinned
 
 _WORKER = Path(__file__).with_name("warm_worker.py")
 # How vLLM makes its engine core from the API server. Its command line would start it anew, to import all again.
 _METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-# Importing vLLM took 10 to 22 s; from a cold disk it takes longer.
-READY_TIMEOUT_S = 120.0
-FORK_TIMEOUT_S = 10.0
-CLOSE_TIMEOUT_S = 5.0
 
 
 class WarmGone(Exception):
@@ -85,6 +85,10 @@ class Warm:
         self._listener.start()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def environment(self) -> dict[str, str]:
         """What forked engines get beside the usual, unless the user has set it."""
         return {} if _METHOD in os.environ else {_METHOD: "fork"}
@@ -128,7 +132,8 @@ class Warm:
             self._process.wait(CLOSE_TIMEOUT_S if self._fit is not None else 0.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILLED_S)
         self._listener.join(CLOSE_TIMEOUT_S)
 
     def code(self, pid: int) -> int | None:

@@ -34,6 +34,7 @@ from advisor.shell.gpu import Sampler
 from advisor.shell.host import steal_s
 from advisor.shell.interrupts import Say, whole
 from advisor.shell.load import Load, deal
+from advisor.shell.patience import LOAD_READY_S
 from advisor.shell.processes import child_environment
 from advisor.shell.start import Start
 
@@ -112,7 +113,7 @@ class LoadWindow:
                 environment=child_environment({}),
                 drain_timeout_s=self._protocol.drain_timeout_s,
             )
-        self._load.wait_ready(60.0)
+        self._load.wait_ready(LOAD_READY_S)
         self._sampler = self._start.sampler()
         self._sampler.start()
         self._load.go()
