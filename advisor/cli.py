@@ -6,6 +6,7 @@ Heavy imports wait inside the commands, so that `--help` stays fast.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -375,10 +376,12 @@ def main() -> None:
         if code == EXIT_INTERRUPTED:  # Typer answers an interrupt by itself, without a word
             raise KeyboardInterrupt
     except AdvisorError as error:
-        typer.echo(f"mps-advisor: {error}", err=True)
+        with suppress(OSError):
+            typer.echo(f"mps-advisor: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("mps-advisor: interrupted; what was measured is kept, go on with --resume", err=True)
+        with suppress(OSError):  # the terminal may have been closed
+            typer.echo("mps-advisor: interrupted; what was measured is kept, go on with --resume", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except _USAGE_ERROR as error:
         error.show()
@@ -386,4 +389,13 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away; say nothing more
         sys.exit(1)
+    except OSError as error:  # a disk that is full, a directory that went away: nothing of it is a bug
+        where = f"{error.filename}: " if error.filename else ""
+        with suppress(OSError):
+            typer.echo(
+                f"mps-advisor: {where}{error.strerror or error}; free some space, or choose other directories "
+                "(--out, TMPDIR); what was measured is kept, go on with --resume",
+                err=True,
+            )
+        sys.exit(EXIT_UNFIT)
     sys.exit(code if isinstance(code, int) else 0)

@@ -317,7 +317,7 @@ def bench(
     asked: Asked, console: Console, complete: Callable[[Manifest], Manifest] = lambda manifest: manifest
 ) -> Iterator[Bench]:
     """Refuse what is unfit, then prepare this machine; `complete` adds to the manifest before anything is written."""
-    from advisor.shell import ceilings, host, mps
+    from advisor.shell import ceilings, host, mps, progress
     from advisor.shell.company import refuse_company
     from advisor.shell.gpu import Nvml
     from advisor.shell.inspect import torch_version, vllm_version
@@ -329,7 +329,7 @@ def bench(
     from advisor.shell.remains import Ledger, clear, scratch_directory
 
     def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
+        progress.say(console, text)
 
     model, found = _find_model(asked)
     question = _question(asked, model)
@@ -391,8 +391,8 @@ def bench(
             note=ledger.note,
         )
         say(f"recording in {folder.path}")
-        with Progress(console) as progress, Live(place, folder, progress.say) as runner:
-            yield Bench(manifest, runner, progress, folder)
+        with Progress(console) as told, Live(place, folder, told.say) as runner:
+            yield Bench(manifest, runner, told, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if ledger is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ class Bench:
         return [pid for pid in told if _runs(pid)]
 
     def arguments(self, *more: str) -> list[str]:
-        return self.command("profile", "--vllm", " ".join(self.vllm), *more)
+        return self.command("profile", "--vllm", shlex.join(self.vllm), *more)
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, str(HERE / "stubs" / "advise.py"), *words]

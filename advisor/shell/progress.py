@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +14,12 @@ from advisor.core.tried import Tried, slug
 
 # A pipe or a log gets a sign of life this often.
 QUIET_S = 30.0
+
+
+def say(console: Console, text: str) -> None:
+    """A line on stderr. A terminal that was closed is no reason to stop half-way: there is cleaning up to be done."""
+    with suppress(OSError):
+        console.print(text, soft_wrap=True, markup=False)
 
 
 class Progress:
@@ -33,13 +40,15 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._status is not None:
-            self._status.stop()
+            with suppress(OSError):
+                self._status.stop()
             self._status = None
 
     def say(self, text: str) -> None:
         """What is going on right now."""
         if self._status is not None:
-            self._status.update(text)
+            with suppress(OSError):
+                self._status.update(text)
         elif time.monotonic() - self._last_line_s >= QUIET_S:
             self._line(f"… {text}")
 
@@ -59,4 +68,4 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self._last_line_s = time.monotonic()
-        self._console.print(text, soft_wrap=True, markup=False)
+        say(self._console, text)

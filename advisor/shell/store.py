@@ -15,6 +15,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,11 +41,16 @@ class _Versioned(msgspec.Struct):
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: under a temporary name, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()  # on a full disk half a file would only be in the way
+        raise
 
 
 class RunFolder:

@@ -11,6 +11,7 @@ What it answers can be changed while it runs, through the JSON file named by FAK
     compute_mode        NVML's number: 0 default, 2 prohibited, 3 exclusive process
     gpm                 true or false
     gpm_values          five percentages, in the order the metrics are asked for
+    throttle            NVML's bits of reasons why clocks are lowered; default 0
     gpus                how many there are; default 1
     pci_bus_id          default "00000000:00:06.0"
     unsupported         names of functions that answer "not supported"
@@ -188,8 +189,7 @@ def nvmlDeviceGetClockInfo(handle, kind):
 
 
 def nvmlDeviceGetCurrentClocksEventReasons(handle):
-    _ask("nvmlDeviceGetCurrentClocksEventReasons")
-    return 0
+    return int(_ask("nvmlDeviceGetCurrentClocksEventReasons").get("throttle", 0))
 
 
 def nvmlDeviceGetTotalEnergyConsumption(handle):

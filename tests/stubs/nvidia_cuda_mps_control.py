@@ -65,9 +65,10 @@ def set_faults(bin_directory: Path, **faults: int) -> None:
     (bin_directory / FAULTS_NAME).write_text(json.dumps(named))
 
 
-def attach(pipe_directory: Path | str, pid: int) -> bool:
-    """Become a client; False, and no error, when no daemon is there."""
-    return _call(pipe_directory, f"attach {pid}") is not None
+def attach(pipe_directory: Path | str, pid: int) -> int | None:
+    """Become a client; the PID of the server, or None, and no error, when no daemon is there."""
+    answer = _call(pipe_directory, f"attach {pid}")
+    return None if answer is None else int(answer[1])
 
 
 def detach(pipe_directory: Path | str, pid: int) -> bool:
@@ -151,13 +152,15 @@ class _Daemon:
         if words[:1] == ["attach"]:
             self.start_server()
             self.clients.append(int(words[1]))
-            return 0, ""
+            return 0, str(self.server.pid)
         if words[:1] == ["detach"]:
             self.clients = [pid for pid in self.clients if pid != int(words[1])]
             return 0, ""
         if words[:1] == ["quit"]:
             return 0, ""
         self.queries += 1
+        if self.server and self.server.poll() is not None:
+            self.server, self.clients = None, []  # killed: its clients end by themselves, and the daemon goes on
         every = int(self.faults.get("MPS_STUB_FLAKY", 0))
         if every and self.queries % every == 0:
             return 1, "Failed to communicate with the daemon\n"
@@ -187,7 +190,7 @@ class _Daemon:
         return self.clients
 
     def start_server(self) -> None:
-        if self.server is None:
+        if self.server is None or self.server.poll() is not None:
             self.server = subprocess.Popen([SERVER_NAME], stdin=subprocess.DEVNULL)
 
 

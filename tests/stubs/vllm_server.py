@@ -10,10 +10,11 @@ Faults come from the JSON file named by VLLM_STUB_FAULTS: {"all": {â€¦}, "0": {â
 counts only where the environment holds that value (null: not set). Keys:
 
     hang_start        never becomes ready
-    die_at_start      "oom" or "crash"
+    die_at_start      "oom", "crash" or "shm" (no room in /dev/shm)
     die_after_s       the API server ends so long after the first completion request
     core_dies_after_s the engine core is killed so long after it, and the API server ends after that
     hang_after_s      nothing is answered or generated any more from then on
+    core_faults_after_s  the engine core meets an illegal memory access so long after it, says so and ends
     core_survives     the engine core goes on when the API server is killed
     ignore_sigterm    both processes ignore SIGTERM
     outlives_parent   goes on when whoever started it ends, as vLLM does (a deployment's start script ends)
@@ -43,6 +44,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -230,15 +232,15 @@ def engines_on_the_gpu():
 
 
 def mps(command):
-    """`attach` or `detach` this process; False where no daemon is."""
+    """`attach` (the server's PID) or `detach` this process; None where no daemon is."""
     directory = os.environ.get("CUDA_MPS_PIPE_DIRECTORY")
     if not directory or not Path(directory).is_dir():
-        return False
+        return None
     sys.path.insert(0, str(Path(__file__).parent))
     try:
         import nvidia_cuda_mps_control as control
     except ImportError:
-        return False
+        return None
     return getattr(control, command)(directory, os.getpid())
 
 
@@ -249,9 +251,15 @@ def core_main(config, ready, survivor_of):
     asked = []
     signal.signal(signal.SIGTERM, signal.SIG_IGN if config.faults.get("ignore_sigterm") else lambda *_: asked.append(1))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulted = []
+    signal.signal(signal.SIGUSR1, lambda *_: faulted.append(1))
     try:
-        start_core(config, ready)
+        server = start_core(config, ready)
         while not asked and time.monotonic() < ends_at_s:
+            if faulted:
+                return core_error("CUDA error: an illegal memory access was encountered")
+            if server and not running(server):
+                return core_error("CUDA error: remote procedural call between the MPS server and the MPS client failed")
             if not (Path(f"/proc/{survivor_of}").exists() if survivor_of else os.getppid() == parent):
                 break
             time.sleep(0.05)
@@ -262,7 +270,21 @@ def core_main(config, ready, survivor_of):
     return 0
 
 
+def core_error(what):
+    log("EngineCore", "core.py:1240", "EngineCore encountered a fatal error.", "ERROR")
+    log("EngineCore", "core.py:1240", f"torch.AcceleratorError: {what}", "ERROR")
+    return 1
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
 def start_core(config, ready):
+    """Start up; the PID of the MPS server that it is a client of, None where it is none."""
     dtype = config.flags.get("dtype", "bfloat16")
     log(
         "EngineCore",
@@ -293,11 +315,15 @@ def start_core(config, ready):
                 "ERROR",
             )
             sys.exit(1)
+        case "shm":
+            log("EngineCore", "core.py:1233", "EngineCore failed to start.", "ERROR")
+            log("EngineCore", "core.py:1233", "OSError: [Errno 28] No space left on device: '/psm_21467b46'", "ERROR")
+            sys.exit(1)
         case "crash":
             log("EngineCore", "core.py:1233", "EngineCore failed to start.", "ERROR")
             log("EngineCore", "core.py:1233", "RuntimeError: CUDA error: an illegal instruction was met", "ERROR")
             sys.exit(1)
-    attached = False if config.faults.get("not_attached") else mps("attach")
+    attached = None if config.faults.get("not_attached") else mps("attach")
     hold_memory(config.kv_bytes + WEIGHTS_BYTES)
     log("EngineCore", "model_runner.py:305", "Model loading took 0.93 GiB and 0.01 seconds")
     log("EngineCore", "monitor.py:53", "torch.compile took 0.01 s in total")
@@ -311,6 +337,7 @@ def start_core(config, ready):
     log("EngineCore", "model_runner.py:747", "Graph capturing finished in 1 secs, took 0.39 GiB")
     os.write(ready, b"1" if attached else b"0")
     os.close(ready)
+    return attached
 
 
 # ---------------------------------------------------------------- generating tokens
@@ -495,6 +522,13 @@ class Server:
 
     async def serve(self):
         config = self.config
+        try:  # like vLLM, which binds before anything else
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((config.host, config.port))
+        except OSError as error:
+            log("APIServer", "launcher.py:50", f"OSError: {error}", "ERROR")
+            return self.stop(1)
         # One of the sockets that vLLM leaves behind.
         Path(os.environ.get("VLLM_RPC_BASE_PATH", tempfile.gettempdir()), str(uuid.uuid4())).touch()
         port = f"http://{config.host}:{config.port}"
@@ -594,6 +628,8 @@ class Server:
             loop.call_later(faults["die_after_s"], self.die)
         if "core_dies_after_s" in faults:
             loop.call_later(faults["core_dies_after_s"], self.core.kill)
+        if "core_faults_after_s" in faults:
+            loop.call_later(faults["core_faults_after_s"], lambda: self.core.send_signal(signal.SIGUSR1))
         if "hang_after_s" in faults:
             loop.call_later(faults["hang_after_s"], lambda: setattr(self.scheduler, "hung", True))
 
