@@ -356,9 +356,6 @@ def _bad_load(load: RawLoad, path: str) -> Iterator[str]:
 def _bad_engine(engine: RawEngine, path: str, window: tuple[float, float] | None) -> Iterator[str]:
     if any(p > _LOGPROB_MOST for prompt in engine.prompt_logprobs for p in prompt):
         yield f"{path}.prompt_logprobs holds a log-probability above 0"
-    tokens, blocks, size = engine.kv_cache_tokens, engine.num_gpu_blocks, engine.block_size
-    if tokens is not None and blocks is not None and size is not None and tokens != blocks * size:
-        yield f"{path}.kv_cache_tokens is {tokens}, but it has {blocks} blocks of {size}"
     for name in ("counters_start", "counters_end"):
         counters = getattr(engine, name)
         if counters is not None:
@@ -375,7 +372,7 @@ def _bad_counters(counters: ServerCounters, path: str) -> Iterator[str]:
     steps = list(counters.steps_by_tokens.values())
     if any(later < one for one, later in pairwise(steps)):
         yield f"{path}.steps_by_tokens falls, but each bound counts all below it"
-    elif steps and steps[-1] > counters.engine_steps:
+    elif steps and steps[-1] > 1.01 * counters.engine_steps + 10:  # several API servers' sums are not of one moment
         yield f"{path}.engine_steps is {counters.engine_steps}, its buckets hold {steps[-1]}"
 
 
