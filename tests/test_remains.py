@@ -121,6 +121,9 @@ def test_after_a_restart_of_the_machine_no_process_is_taken_for_a_noted_one(temp
     path = only_ledger(temporary)
     path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | {"boot": "another"}))
     try:
+        # Written since this machine started, by one that started another time: another machine's.
+        assert not clear(UUID, None, lambda text: None) and scratch.exists() and path.exists()
+        os.utime(path, (1.0, 1.0))
         assert clear(UUID, None, lambda text: None)
         assert child.is_running() and not scratch.exists() and not path.exists()
     finally:
@@ -262,3 +265,10 @@ def test_a_second_profile_names_the_first_whatever_that_is_doing(bench):
         first.communicate(timeout=30)
     assert first.returncode == 130
     assert (bench.processes(), bench.scratch(), bench.ledgers()) == ([], [], [])
+
+
+def test_a_zombie_has_ended(bystander):
+    assert started_ticks(bystander.pid)
+    bystander.kill()
+    wait_for(lambda: psutil.Process(bystander.pid).status() == psutil.STATUS_ZOMBIE, 10.0)
+    assert started_ticks(bystander.pid) is None

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -151,12 +152,14 @@ def _dead(uuid: str) -> Iterator[tuple[Path, _Book]]:
             book = msgspec.json.decode(path.read_bytes(), type=_Book)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             continue  # nothing can be proved by it
-        # In another PID namespace (a container) the same numbers mean other processes.
-        if book.boot == _boot() and book.namespace != _namespace():
-            continue
-        if book.boot == _boot() and started_ticks(book.advisor) == book.started:
-            continue
-        yield path, book
+        if book.boot != _boot():
+            # Of before this machine's start, or of another machine that shares this directory?
+            dead = path.stat().st_mtime < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        else:
+            # In another PID namespace (a container) the same numbers mean other processes.
+            dead = book.namespace == _namespace() and started_ticks(book.advisor) != book.started
+        if dead:
+            yield path, book
 
 
 def _alive(book: _Book) -> list[Known]:
@@ -175,10 +178,10 @@ def _alive(book: _Book) -> list[Known]:
 
 
 def started_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did (proc(5), field 22); None where it is gone."""
+    """When a process started, in clock ticks since the machine did (proc(5), field 22); None where it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return int(fields[19])
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if state in "ZX" else int(fields[18])  # a zombie waits to be asked how it ended, and does nothing
     except (OSError, ValueError, IndexError):
         return None
 
