@@ -5,6 +5,7 @@ Heavy imports wait inside the commands, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import errno
 import sys
 from contextlib import suppress
 from enum import StrEnum
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 EXIT_UNFIT = 3
+# What a machine's disks and limits answer, wherever that is met: no bug of ours, and nothing that a traceback explains.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 EXIT_INTERRUPTED = 130
 # What memory is first planned for; the largest batch that fits is looked for then.
 ABLATED_BATCH = 256
@@ -365,7 +368,11 @@ def _concurrency(text: str) -> int | Literal["auto"]:
 def _stderr() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            """Go on when nobody reads it any more: the library would exit here, in the middle of cleaning up."""
+
+    return Patient(stderr=True, highlight=False)
 
 
 def main() -> None:
@@ -389,12 +396,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away; say nothing more
         sys.exit(1)
-    except OSError as error:  # a disk that is full, a directory that went away: nothing of it is a bug
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
         where = f"{error.filename}: " if error.filename else ""
         with suppress(OSError):
             typer.echo(
-                f"mps-advisor: {where}{error.strerror or error}; free some space, or choose other directories "
-                "(--out, TMPDIR); what was measured is kept, go on with --resume",
+                f"mps-advisor: {where}{error.strerror}; see that this can be written and has room, or choose other "
+                "directories (--out, TMPDIR); what was measured is kept, go on with --resume",
                 err=True,
             )
         sys.exit(EXIT_UNFIT)

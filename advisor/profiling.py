@@ -305,11 +305,13 @@ def live(asked: Asked, console: Console) -> Report:
 
 def keep(folder: RunFolder, answer: str, console: Console) -> None:
     """Write the answer beside its evidence."""
+    from advisor.shell import progress
+
     try:
         write(folder.path / "report.json", answer.encode())
     except OSError as error:
         # The verdict is known and the evidence is safe; only this copy of the answer is missing.
-        console.print(f"report.json could not be written: {error.strerror}", soft_wrap=True, markup=False)
+        progress.say(console, f"report.json could not be written: {error.strerror}")
 
 
 @contextmanager

@@ -44,8 +44,10 @@ def protocol() -> Protocol:
 if __name__ == "__main__":
     import advisor.profiling
     from advisor.cli import main
-    from advisor.shell import ceilings, host
+    from advisor.shell import ceilings, host, progress
 
+    if "ADVISE_TALKATIVE" in os.environ:  # a line for every word of progress, as a terminal has it
+        progress.QUIET_S = 0.0
     host.facts = host_facts
     advisor.profiling.FULL = protocol()
     advisor.profiling.FAST = msgspec.structs.replace(protocol(), quick=True, tune=True, curve=[0.5])

@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,7 +96,8 @@ def _processes(state):
     if "processes_dir" in state:
         for file in Path(state["processes_dir"]).iterdir():
             if file.name.isdecimal() and _alive(file.name):
-                found[int(file.name)] = int(file.read_text() or 0)
+                with suppress(FileNotFoundError):  # it ended meanwhile
+                    found[int(file.name)] = int(file.read_text() or 0)
     return found
 
 

@@ -528,7 +528,8 @@ class Server:
                 probe.bind((config.host, config.port))
         except OSError as error:
             log("APIServer", "launcher.py:50", f"OSError: {error}", "ERROR")
-            return self.stop(1)
+            self.stop(1)
+            return
         # One of the sockets that vLLM leaves behind.
         Path(os.environ.get("VLLM_RPC_BASE_PATH", tempfile.gettempdir()), str(uuid.uuid4())).touch()
         port = f"http://{config.host}:{config.port}"
