@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 
@@ -64,9 +66,41 @@ def test_a_variation_that_does_not_exist_is_refused():
         variation(MANIFEST, "1+turbo", 0)
 
 
-@pytest.mark.parametrize("name", ["variations.py", "gpm_lag.py", "core_flicker.py", "gpu_steps.py"])
+@pytest.mark.parametrize("name", ["variations.py", "gpm_lag.py", "core_flicker.py", "gpu_steps.py", "fault_drill.py"])
 def test_a_benchmark_explains_itself(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / name), "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "python benchmarks/" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "kept"),
+    [
+        ("core", 0, ["2-engines-mps crash", "2-engines-mps-repeat-1 completed"]),
+        ("server", 0, ["2-engines-mps crash", "2-engines-mps-repeat-1 completed"]),
+        ("ctrl-c", 130, []),
+        ("killed", 0, ["2-engines-mps completed"]),
+    ],
+)
+def test_a_drill_strikes_and_tells_what_became_of_it(bench, fault, code, kept):
+    bench.engine_faults({"all": {"tokens_per_s": [1000, 550], "tokens_per_s_mps": [1000, 900]}})
+    words = [sys.executable, str(ROOT / "benchmarks" / "fault_drill.py"), "--model", str(bench.tiny), "--out", "drill"]
+    words += ["--fault", fault, "--ctx", "64", "--osl", "16", "--concurrency", "8", "--after-s", "0.3"]
+    words += ["--vllm", shlex.join(bench.vllm), "--command", shlex.join(bench.command())]
+    done = subprocess.run(
+        words, env=bench.environment, cwd=bench.directory, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    again = ["left", "end"] if fault == "killed" else []
+    assert [line["at"] for line in lines] == ["before", "strike", "end", *again, "after"]
+    end, after = lines[-2:]
+    assert (end["exit_code"], end["traceback"], after["as_before"]) == (code, False, True), end
+    told = [f"{one['trial'][4:-8]} {one['ended']}" for one in end["kept"]]
+    assert told[:2] == ["1-engine-no-mps completed", "2-engines-no-mps completed"]
+    assert [one for one in told if one.startswith("2-engines-mps")] == kept
+    if fault == "killed":
+        assert (lines[2]["exit_code"], lines[3]["as_before"], len(lines[3]["daemons"])) == (-9, False, 1)
+        assert any("that is cleared away" in line for line in end["said"])
+    assert (bench.processes(), bench.scratch(), bench.ledgers()) == ([], [], [])
