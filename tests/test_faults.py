@@ -192,17 +192,22 @@ def test_a_terminal_that_is_closed_ends_a_run_as_ctrl_c_does(bench):
     os.set_blocking(master, False)
     try:
         deadline_s = time.monotonic() + 30
-        while not bench.gpu_processes():  # somebody has to read what it says
+        while not under_mps(bench):  # somebody has to read what it says
             assert time.monotonic() < deadline_s and process.poll() is None
             read(master)
             time.sleep(0.05)
         os.close(master)
-        assert process.wait(30) != 0
+        assert process.wait(30) in (130, 120)  # 120: Python could not flush what it had to say
     finally:
         process.kill()
         process.wait()
     assert_bench_is_clean(bench)
     assert (bench.directory / "run" / "manifest.json").exists()
+
+
+def under_mps(bench: Bench) -> bool:
+    """Whether an engine runs, and a daemon that nobody else would end."""
+    return bool(bench.gpu_processes()) and any("nvidia-cuda-mps-control -d" in line for line in bench.processes())
 
 
 def read(master: int) -> None:
@@ -212,10 +217,11 @@ def read(master: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_reader_of_progress_that_is_gone_does_not_stop_the_cleaning_up(bench, number):
+    bench.environment["ADVISE_TALKATIVE"] = "1"
     process = bench.start("--model", str(bench.tiny), *SMALL, "--out", "run")
     try:
         deadline_s = time.monotonic() + 30
-        while not bench.gpu_processes():
+        while not under_mps(bench):
             assert time.monotonic() < deadline_s and process.poll() is None
             time.sleep(0.05)
         process.stderr.close()
@@ -366,7 +372,10 @@ def test_a_disk_that_is_full_elsewhere_is_one_line_and_no_traceback(bench):
     done = bench.run("--model", str(bench.tiny), *SMALL, "--out", "run")
     assert (done.returncode, done.stdout) == (3, "")
     assert "Traceback" not in done.stderr
-    assert "/scratch/model: No space left on device; free some space" in done.stderr.splitlines()[-1]
+    assert (
+        "/scratch/model: No space left on device; see that this can be written and has room"
+        in done.stderr.splitlines()[-1]
+    )
     assert_bench_is_clean(bench)
 
 
@@ -596,3 +605,21 @@ def test_a_check_that_could_not_be_done_disqualifies_its_percentage_only(tmp_pat
 
     percentage, outcome = advised(RESTRICTED, failed, tmp_path)
     assert (percentage != 50, outcome) == (True, "skipped")
+
+
+# ---------------------------------------------------------------- the matrix itself
+
+
+def test_the_matrix_names_tests_that_exist_and_claims_nothing_else():
+    known = {
+        path.stem[5:]: re.findall(r"def test_(\w+)", path.read_text()) for path in Path(__file__).parent.glob("*.py")
+    }
+    rows = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    named = 0
+    for row in rows:
+        for module, tests in re.findall(r"`([a-z]+)`: ([^;|]+)", re.sub(r"\(.*?\)", "", row)):
+            for told in tests.split(","):
+                parts = [part for part in told.strip().split("[")[0].split("…") if part]
+                assert any(all(part in name for part in parts) for name in known[module]), (module, told)
+                named += bool(parts)
+    assert named >= 40
