@@ -20,7 +20,7 @@ from advisor.options import Format, FormatOption
 from advisor.options import objectives as _objectives
 from advisor.options import share as _share
 from advisor.options import stdout as _stdout
-from advisor.shell.interrupts import stop_on_signals
+from advisor.shell.interrupts import ignore_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -387,6 +387,7 @@ def main() -> None:
             typer.echo(f"mps-advisor: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        ignore_signals()
         with suppress(OSError):  # the terminal may have been closed
             typer.echo("mps-advisor: interrupted; what was measured is kept, go on with --resume", err=True)
         sys.exit(EXIT_INTERRUPTED)

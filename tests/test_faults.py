@@ -27,7 +27,7 @@ import msgspec
 import psutil
 import pytest
 from conftest import ROOT, Bench, make_bench
-from sites import assert_nothing_left, codes, live
+from sites import assert_nothing_left, codes, live, wait_for
 
 from advisor import flow
 from advisor.core import damage, tried
@@ -232,6 +232,24 @@ def test_a_reader_of_progress_that_is_gone_does_not_stop_the_cleaning_up(bench, 
     finally:
         process.kill()
         process.wait()
+    assert_bench_is_clean(bench)
+
+
+def test_ctrl_c_as_often_as_one_likes_is_one_interrupt(bench):
+    """Also in the moments between the parts of the cleaning up, and in the process's last ones."""
+    process = bench.start("--model", str(bench.tiny), *SMALL, "--out", "run")
+    try:
+        wait_for(lambda: under_mps(bench), 30.0)
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "mps-advisor: interrupted; what was measured is kept, go on with --resume"
     assert_bench_is_clean(bench)
 
 

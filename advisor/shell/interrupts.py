@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 Say = Callable[[str], None]
 
@@ -23,7 +24,27 @@ def stop_on_signals() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    stop()
+
+
+def stop() -> NoReturn:
+    """Raise KeyboardInterrupt, once: whoever presses Ctrl-C again must not interrupt what the first one began, and
+    cleaning up goes through many hands. Handlers that are not `stop_on_signals`' own stay.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is _interrupt:
+            signal.signal(number, _patient)
     raise KeyboardInterrupt
+
+
+def _patient(number: int, frame: FrameType | None) -> None:
+    """It is being cleaned up already."""
+
+
+def ignore_signals() -> None:
+    """For the last moments of a process, in which Python takes its handlers away."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupted:
@@ -55,4 +76,4 @@ def whole() -> Iterator[None]:
     with uninterrupted(lambda text: None) as interrupted:
         yield
     if interrupted.asked:
-        raise KeyboardInterrupt
+        stop()

@@ -16,7 +16,7 @@ from advisor.core.tried import candidate, key, slug
 from advisor.shell import mps
 from advisor.shell.clock import now
 from advisor.shell.gpu import Nvml
-from advisor.shell.interrupts import Say, uninterrupted, whole
+from advisor.shell.interrupts import Say, stop, uninterrupted, whole
 from advisor.shell.lock import GpuLock
 from advisor.shell.numerics_trial import numerics_trial
 from advisor.shell.place import Place
@@ -105,7 +105,7 @@ class Live:
                     self._folder.complete(last[0], raw)
                 _refuse_leftovers(ended.teardown, slug(start.spec if last is None else last[1].spec))
         if interrupted.asked:
-            raise KeyboardInterrupt
+            stop()
 
     def _engines(self, spec: TrialSpec, say: Say) -> None:
         try:
@@ -125,7 +125,7 @@ class Live:
             self.finish()
         self._learn(raw)
         if trial.interrupted:
-            raise KeyboardInterrupt
+            stop()
 
     def _learn(self, raw: RawTrial) -> None:
         """Whether forking is to blame where engines do not come up: if the same ones, started, do."""
@@ -161,7 +161,7 @@ class Live:
         if raw.teardown is not None:
             _refuse_leftovers(raw.teardown, slug(spec))
         if interrupted:
-            raise KeyboardInterrupt
+            stop()
 
 
 def _warm(place: Place) -> Warm | None:

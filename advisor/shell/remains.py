@@ -23,7 +23,7 @@ import psutil
 from advisor.core.errors import Unfit
 from advisor.core.records import Record
 from advisor.shell import mps
-from advisor.shell.interrupts import uninterrupted
+from advisor.shell.interrupts import stop, uninterrupted
 from advisor.shell.lock import GpuLock, private_directory
 from advisor.shell.patience import LEFT_DAEMON_QUIT_S, LEFT_PROCESS_END_S
 from advisor.shell.processes import Known, end, tree, wait_gone
@@ -106,7 +106,7 @@ def clear(uuid: str, control: Path | None, say: Say) -> bool:
                 found = True
                 say(f"a run that was killed (PID {book.advisor}) had left {' and '.join(told)}; that is cleared away")
     if interrupted.asked:
-        raise KeyboardInterrupt
+        stop()
     return found
 
 
