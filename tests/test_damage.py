@@ -283,7 +283,7 @@ FIRST = "trials/000-1-engine-no-mps.json.gz"
         (FIRST, ("loads", 0, "bin_s"), 0.2, "$.loads[0].bin_s is 0.2, but 0.1 was asked for"),
         (FIRST, ("loads", 0, "e2e", "counts"), {"1": 10**6}, "$.loads[0].e2e holds 1000000 durations"),
         (FIRST, ("engines", 0, "prompt_logprobs", 0, 0), 0.5, "$.engines[0].prompt_logprobs holds a log-probability"),
-        (FIRST, ("engines", 0, "counters_end", "engine_steps"), 17.0, "$.engines[0].counters_end.engine_steps is 17.0"),
+        (FIRST, ("engines", 0, "counters_end", "steps_by_tokens"), {"1": 5.0, "8": 3.0}, "steps_by_tokens falls"),
         (FIRST, ("engines", 0, "counters_end", "at_s"), 1.0, "$.engines[0].counters_end: its counters run backwards"),
         (FIRST, ("timeline", 0, "end_s"), 9999.0, "$.timeline[1] (check) starts at "),
         (FIRST, ("gpu", "at_s", 5), 0.0, "$.gpu.at_s[5] is 0.0, before the sample that it follows"),
