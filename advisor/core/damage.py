@@ -170,8 +170,13 @@ def of_manifest(manifest: Manifest) -> Iterator[str]:
     if isinstance(percentages, list) and not all(1 <= one <= 100 for one in percentages):
         yield f"question.thread_percentages is {percentages}; each has to be from 1 to 100"
     asked = manifest.ablation
-    if asked is not None and not (asked.contexts and min(asked.contexts) >= 1 and asked.batch >= 1):
-        yield "ablation has to name contexts and a batch, all from 1 on"
+    if asked is not None:
+        if not asked.contexts or min([*asked.contexts, *asked.batches, *asked.loads]) < 1:
+            yield "ablation has to name contexts, and batches and loads from 1 on"
+        if len(asked.batches) != (len(asked.contexts) if asked.parts else 0):
+            yield "ablation.batches: one for each context, and none where no part is taken out"
+        if not asked.parts and not asked.loads:
+            yield "ablation has neither parts nor loads"
 
 
 def of_member(raw: RawTrial, manifest: Manifest) -> Iterator[str]:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,8 +358,14 @@ class Engines:
             return found
 
         called = self._engines[:engines]
-        with ThreadPoolExecutor(len(called)) as pool:
-            asked = [(engine, pool.submit(ask, engine)) for engine in called]
+        pool = ThreadPoolExecutor(len(called))
+        asked = [(engine, pool.submit(ask, engine)) for engine in called]
+        try:
+            wait([answer for _, answer in asked])
+        finally:
+            # Whoever asks us to stop does not have to wait for steps that nobody wants any more: ending the engines ends
+            # the calls.
+            pool.shutdown(wait=False)
         found = []
         for engine, answer in asked:
             try:
