@@ -363,8 +363,7 @@ class Engines:
         try:
             wait([answer for _, answer in asked])
         finally:
-            # Whoever asks us to stop does not have to wait for steps that nobody wants any more: ending the engines ends
-            # the calls.
+            # Who asks us to stop need not wait for steps that nobody wants any more: ending the engines ends the calls.
             pool.shutdown(wait=False)
         found = []
         for engine, answer in asked:
