@@ -126,10 +126,34 @@ def test_one_more_is_tried_without_mps_while_the_gpu_still_waits_and_under_it_wh
     world.idle_of = lambda spec: {1: 45.0, 2: 20.0}.get(spec.engines, 1.0)
     world.fast()
     assert [shape[0] for shape in world.shape() if not shape[2]][:4] == [1, 2, 3] or world.shape()[2][0] == 3
-    world = Machine(by_engines(1000, 1500, 1500, mps=1.2), idle=45.0)
-    world.idle_of = lambda spec: {1: 45.0}.get(spec.engines, 1.0)
-    world.fast()
-    assert [shape for shape in world.shape() if shape[2]] == [(2, 1, True, None), (3, 0, True, None)]
+
+
+def test_mps_is_tried_with_no_more_engines_than_were_measured_without_it():
+    for two in (1.5, 30.0):
+        world = Machine(by_engines(1000, 1500, 1950, 2000), idle=45.0)
+        world.idle_of = lambda spec, two=two: {1: 45.0, 2: two}.get(spec.engines, 1.0)
+        for load in (256, 2048):
+            world.asked.clear()
+            told = world.fast(concurrency=load).recommendation
+            assert {shape[0] for shape in world.shape() if shape[2]} <= {s[0] for s in world.shape() if not s[2]}
+            assert not told.mps
+
+
+def test_a_small_listed_percentage_does_not_stand_for_mps():
+    world = Machine(lambda spec: SMALL(spec) * (0.4 if spec.thread_percentage else 1.0), idle=71.0)
+    told = world.fast(thread_percentages=[10]).recommendation
+    assert told.mps and told.thread_percentages is None
+
+
+def test_mps_that_ran_out_of_memory_is_no_verdict_against_it():
+    class Full(Machine):
+        def try_out(self, spec):
+            one = super().try_out(spec)
+            if not spec.mps:
+                return one
+            return msgspec.structs.replace(one, outcome="oom", measurement=None, why="out of memory")
+
+    assert Full(SMALL, idle=71.0).fast().recommendation.status == "inconclusive"
 
 
 def test_a_setting_is_tried_unless_several_engines_are_beyond_it():

@@ -186,7 +186,6 @@ def _quick_trials(question: Question, model: ModelFacts, most: int, trial_s: Spa
             purpose = "are the model's matrix products right under the thread percentages"
             yield _planned("numerics", None, True, None, purpose, False, NUMERICS_S)
         yield load(None, True, "as many under MPS", LATER_START_S)
-        yield load(None, True, "one more, where that may help", (0.0, 0.0), certain=False)
     yield load(1, False, "one setting that may help one engine", LATER_START_S, certain=False)
 
 

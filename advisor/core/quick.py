@@ -15,18 +15,16 @@ from advisor.core import limits, memory, specs, tuning
 from advisor.core.contenders import judge_logprobs
 from advisor.core.outline import Outline
 from advisor.core.records import TrialSpec
-from advisor.core.search import WORTH_IT, Chapter, Search, Told, simplest_best
+from advisor.core.search import WORTH_IT, Chapter, Search, Told
 from advisor.core.tried import Tried
 
 MOST_TOGETHER = 4
 # Where the GPU idles for more, another engine may still fill it.
 STILL_WAITS_IDLE_PCT = 10.0
-# Where it idles for more than this with one engine, a third one under MPS is worth a look.
-THIRD_IDLE_PCT = 25.0
-# From three engines on the largest percentages that computed correctly gave 0 to 12 % in all recorded runs; with two
-# engines they cost 2 to 4 % (docs/measurement.md).
+# From three engines on the largest percentages that computed correctly gave -5 to +14 % in the recorded runs, mostly a
+# gain; with two engines they cost 2 to 4 %.
 PERCENTAGES_FROM, LEAST_SHARE = 3, 1.5
-# No setting of one engine has brought more than 1.45 times the default's rate, in single starts (docs/measurement.md).
+# No setting of one engine has brought more than 1.48 times the default's rate, in single starts.
 BEYOND_TUNING = 1.5
 
 
@@ -45,7 +43,7 @@ class Quick(Search):
         else:
             without = yield from self._without(single, together)
             yield from self._smaller_loads(without)
-            under = yield from self._under(single, without)
+            under = yield from self._under(without)
             yield from self._smaller_loads(under)
         yield from self._one_setting(single)
         return self._outline()
@@ -64,8 +62,8 @@ class Quick(Search):
             best = more
         return best
 
-    def _under(self, single: Tried, without: Tried) -> Told:
-        """As many under MPS: at a thread percentage where that is worth it, else one more too where it may help."""
+    def _under(self, without: Tried) -> Told:
+        """As many under MPS, at a thread percentage where that is worth it."""
         engines = without.spec.engines
         percentage = yield from self._percentage(without)
         if percentage is not None:
@@ -74,23 +72,19 @@ class Quick(Search):
                 why = f"--protocol fast tries {percentage} % at once, where the model's products are right"
                 self._leave_out(engines, True, None, "skipped", why)
                 return under
-        together = engines
-        third = engines < PERCENTAGES_FROM and _idle_pct(single) > THIRD_IDLE_PCT
-        if third and self._refusal(engines + 1) is None and self._holds_the_load(engines + 1):
-            together += 1
-        under = yield from self._measured(self._of(engines, together, mps=True))
-        if together == engines:
-            return under
-        more = yield from self._measured(self._of(together, together, mps=True))
-        return simplest_best([under, more], self._manifest.settings) or under
+        # Never more than were measured without MPS: it would be credited with what only another engine brings.
+        return (yield from self._measured(self._spec(engines, mps=True)))
 
     def _percentage(self, without: Tried) -> Generator[TrialSpec, Tried, int | None]:
         """The largest percentage worth trying at which the model's products are right."""
         engines = without.spec.engines
         wanted = specs.percentages(self._manifest, engines)
-        if self._manifest.question.thread_percentages == "auto":
-            few = engines < PERCENTAGES_FROM
-            wanted = [] if few else [one for one in wanted if one >= math.floor(100 * LEAST_SHARE / engines)]
+        least = 100 if engines < PERCENTAGES_FROM else math.floor(100 * LEAST_SHARE / engines)
+        for percentage in (one for one in wanted if one < least):
+            # Engines under MPS are started once: at a small share they would say nothing of MPS.
+            why = "--protocol fast tries only percentages from 150/N on, and none for two engines"
+            self._leave_out(engines, True, percentage, "skipped", why)
+        wanted = [one for one in wanted if one >= least]
         right = yield from self._right(engines, wanted, without.spec.settings or self._for(engines))
         for percentage in right[:-1]:
             why = f"--protocol fast tries only the largest percentage that computes correctly, {right[-1]} %"

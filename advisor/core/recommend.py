@@ -348,7 +348,9 @@ def _not_comparable(field: Field, candidates: Sequence[Candidate]) -> str:
     """
     for mps, side in ((False, "without MPS"), (True, "under MPS")):
         several = [one for one in candidates if one.engines > 1 and one.mps == mps and one.thread_percentages is None]
-        failed = [one for one in several if one.outcome in ACCIDENTS]
+        # The fast protocol tries one number of engines: too little memory for these says nothing of fewer.
+        failures = (*ACCIDENTS, "oom") if field.manifest.protocol.quick else ACCIDENTS
+        failed = [one for one in several if one.outcome in failures]
         if failed and not any(one.outcome == "ok" for one in several):
             return f"no trial of several engines {side} succeeded ({name(field, failed[0])}: {failed[0].why_not})"
     return ""
