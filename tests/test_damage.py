@@ -356,6 +356,20 @@ def test_nonsense_that_a_driver_answers_is_not_put_on_record_and_the_trial_may_b
     assert msgspec.json.decode(msgspec.json.encode(kept), type=RawTrial) == kept
 
 
+def test_what_is_bad_but_true_stays_on_record_for_validity_to_judge():
+    load, engine = TRIAL.loads[0], TRIAL.engines[0]
+    # Requests that were cut off in mid-answer, or failed there: the server never told how many tokens they had.
+    none = msgspec.structs.replace(load.e2e, counts={})
+    cut_off = msgspec.structs.replace(load, completed=0, completions=[0] * len(load.tokens), output_tokens=0, e2e=none)
+    failed = msgspec.structs.replace(cut_off, failed=cut_off.sent)
+    # A server that did not answer when the window began, and did when it ended.
+    once = msgspec.structs.replace(engine, counters_start=engine.counters_end, counters_end=None)
+    # A bit for every reason, as NVML has one for reasons that it does not know.
+    gpu = msgspec.structs.replace(TRIAL.gpu, throttle_reasons=[1 << 63] * len(TRIAL.gpu.at_s))
+    for change in ({"loads": [cut_off]}, {"loads": [failed]}, {"engines": [once]}, {"gpu": gpu}):
+        assert list(damage.of_trial(msgspec.structs.replace(TRIAL, **change))) == []
+
+
 def test_how_a_trial_failed_stays_known_though_its_evidence_goes():
     failed = msgspec.structs.replace(TRIAL, ended="crash", detail="engine 0 died", steal_s=-1.0)
     kept = damage.kept(failed)

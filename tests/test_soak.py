@@ -20,7 +20,7 @@ import pytest
 from conftest import Bench, make_bench
 
 QUESTION = ("--ctx", "64", "--osl", "16", "--concurrency", "8", "--thread-percentages", "none", "--max-engines", "2")
-LIMIT_S = 150.0
+LIMIT_S = 300.0
 RATES = {"tokens_per_s": [1000, 550], "tokens_per_s_mps": [1000, 900]}
 # What an engine does, with the chance that only one of several does it.
 ENGINE: list[dict[str, Any]] = [
@@ -154,7 +154,7 @@ def test_profiles_with_random_faults_end_with_a_verdict_or_a_named_outcome(tmp_p
     for number in range(count):
         try:
             print(json.dumps(profile(number, tmp_path / str(number))), flush=True)
-        except AssertionError as error:
+        except (AssertionError, subprocess.TimeoutExpired) as error:
             failed.append(str(error))
             print(error, flush=True)
     assert not failed
