@@ -155,11 +155,11 @@ class Quick(Search):
             planned.kv_bytes >= self._concurrency * planned.request_kv_bytes + block
         )
 
-    def _of(self, working: int, together: int, *, mps: bool = False) -> TrialSpec:
-        """So many engines: of those that are started together if these are enough."""
+    def _of(self, working: int, together: int) -> TrialSpec:
+        """So many engines without MPS: of those that are started together if these are enough."""
         if working >= together:
-            return self._spec(working, mps=mps)
-        return specs.among(self._manifest, self._spec(together, mps=mps), working)
+            return self._spec(working, mps=False)
+        return specs.among(self._manifest, self._spec(together, mps=False), working)
 
 
 def _idle_pct(one: Tried) -> float:
